@@ -1,0 +1,97 @@
+"""One round at a hospital: check -> reserve -> train -> store -> release.
+
+The order is the promise: the ledger marks the attempt before the first private step, and holds the update before it
+may leave. What was released is answered with the stored bytes; what failed after it was marked stays spent.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from common.batching import Dataset
+from common.errors import BudgetError, WireError
+from common.models.network import build_network
+from common.privacy.randomness import Randomness
+from common.provenance import code_digest
+from common.records import Reply, Request, Status, Terms, check_like, digest_of, from_bytes, to_bytes
+from common.study import Study
+from common.training import load_state, local_optimizer, state_of, train_round
+
+from client.ledger import Ledger
+
+log = logging.getLogger("wardround.site")
+
+
+class Site:
+    """A hospital's part in one study.
+
+    Args:
+        name: the site's name in the study.
+        study: the terms that this site has pinned; the server's copy is compared by digest, never used.
+        dataset: the site's training sequences.
+        ledger: the site's record of spending.
+        randomness: (round, attempt number) -> a fresh source of sampling and noise.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        study: Study,
+        dataset: Dataset,
+        ledger: Ledger,
+        randomness: Callable[[int, int], Randomness] = lambda _round, _attempt: Randomness(),
+    ) -> None:
+        self.name, self.study, self.dataset, self.ledger = name, study, dataset, ledger
+        self._randomness = randomness
+        self._digest = study.digest()
+        self._plan = study.plan()
+        self._network = build_network(study).to(dataset.device)
+        self._shapes = state_of(self._network)
+
+    def train(self, request: Request) -> Reply:
+        """Answer a round's request. Never raises: whatever depends on patients becomes LOCAL_FAILURE.
+
+        Guarantee:
+            An update leaves only after its plan was admitted, its attempt marked and its bytes stored. The same
+            round with the same weights is answered with the same bytes. Nothing in the reply but the noised update
+            depends on the records.
+        """
+        terms = Terms(self._digest, code_digest(), request.terms.round_number)
+        if (request.terms.wire, request.terms.code) != (terms.wire, terms.code):
+            return Reply(terms, Status.VERSION)
+        if request.terms.study != self._digest:
+            return Reply(terms, Status.STUDY)
+        if not 1 <= terms.round_number <= self.study.training.rounds:
+            return Reply(terms, Status.MALFORMED)
+        try:
+            check_like(request.weights, self._shapes, "weights")
+            return Reply(terms, Status.OK, from_bytes(self._update(request)))
+        except WireError:
+            return Reply(terms, Status.MALFORMED)
+        except BudgetError as error:
+            log.warning("round %d refused: %s", terms.round_number, error)
+            return Reply(terms, Status.BUDGET)
+        except Exception as error:  # whatever it is, its text may hold a patient's value: only its class is logged
+            log.error("round %d failed with %s", terms.round_number, type(error).__name__)
+            return Reply(terms, Status.LOCAL_FAILURE)
+
+    def _update(self, request: Request) -> bytes:
+        number, training = request.terms.round_number, self.study.training
+        self.ledger.admit(self._digest, self._plan)
+        marked = self.ledger.attempt(self._digest, number, training.local_steps, digest_of(request.weights))
+        if isinstance(marked, bytes):
+            return marked
+        load_state(self._network, request.weights)
+        update = train_round(
+            self._network,
+            self.dataset,
+            self._plan,
+            declared_patients=self.study.sites[self.name].declared_patients,
+            steps=training.local_steps,
+            optimizer=local_optimizer(training.recipe, self._network, self.study.learning_rate(number)),
+            randomness=self._randomness(number, marked.number),
+        )
+        stored = to_bytes(update)
+        self.ledger.release(marked, stored)
+        return stored

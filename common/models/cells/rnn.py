@@ -1,0 +1,58 @@
+"""Plain recurrent network (Elman 1990; torch.nn.RNN), with tanh or ReLU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from common.models.cells.cell import Cell
+from common.models.layout import Block
+
+
+class TanhCell(Cell):
+    """h' = tanh(W_ih x + b_ih + W_hh h + b_hh)."""
+
+    GATES = 1
+    INPUT = HIDDEN = (0, 1)
+
+    def activate(self, a: Tensor, out: Tensor) -> Tensor:
+        """The nonlinearity."""
+        return torch.tanh(a, out=out)
+
+    def slope(self, h: Tensor, out: Tensor) -> None:
+        """Its derivative, from its value."""
+        torch.mul(h, h, out=out).neg_().add_(1)
+
+    def prepare(self, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> None:
+        del c0  # a plain network has no cell state
+        self.w_ih, self.w_hh, self.bias = w_ih, w_hh, b_ih + b_hh
+
+    def advance(self, block: Block) -> None:
+        h = self.states[self.layout.before(block.steps.start)]
+        for a, new_h in zip(
+            self.gates[block.rows].split(block.sizes),
+            self.after(self.states, block).split(block.sizes),
+            strict=True,
+        ):
+            h = h[: len(a)]  # sequences that still run
+            a.addmm_(h, self.w_hh_t)
+            h = self.activate(a, out=new_h)
+
+    def retreat(self, block: Block, slopes: Tensor, out: Tensor, grad: Tensor) -> None:
+        self.slope(self.after(self.states, block), out=slopes)
+        for own, slope, A in zip(*(t.split(block.sizes)[::-1] for t in (grad, slopes, out)), strict=True):
+            d = self.arriving(own)
+            torch.mul(slope, d, out=A)
+            torch.mm(A, self.w_hh, out=self.carried[: len(d)])
+
+
+class ReLUCell(TanhCell):
+    """h' = max(0, W_ih x + b_ih + W_hh h + b_hh)."""
+
+    def activate(self, a: Tensor, out: Tensor) -> Tensor:
+        """The nonlinearity."""
+        return torch.clamp(a, min=0, out=out)
+
+    def slope(self, h: Tensor, out: Tensor) -> None:
+        """Its derivative, from its value."""
+        torch.gt(h, 0, out=out)

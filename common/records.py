@@ -1,0 +1,169 @@
+"""Study terms <-> Flower records: the only place that knows the names on the wire.
+
+Server to site, message type TRAIN: `weights` (ArrayRecord) and `request` (ConfigRecord: wire, study, code, round).
+Site to server: `reply` (ConfigRecord: the same four and `status`, a word from `Status`), and `update` (ArrayRecord)
+if and only if the status is OK. No other key, no number that was computed from patients but the noised update.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import safetensors.numpy
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from numpy.typing import NDArray
+
+from common.errors import WireError
+
+WIRE_VERSION = 1
+Weights = dict[str, NDArray[np.float32]]
+
+
+class Status(StrEnum):
+    """Everything a site can say beside an update. Closed: each data-dependent failure is LOCAL_FAILURE."""
+
+    OK = "OK"
+    VERSION = "VERSION"  # another wire version or other code
+    STUDY = "STUDY"  # another study than the one pinned here
+    MALFORMED = "MALFORMED"  # keys, shapes or types not as agreed
+    BUDGET = "BUDGET"  # the ledger refuses
+    LOCAL_FAILURE = "LOCAL_FAILURE"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The four values that open every message."""
+
+    study: str
+    code: str
+    round_number: int
+    wire: int = WIRE_VERSION
+
+    def record(self) -> dict[str, int | str]:
+        """As plain values for a ConfigRecord."""
+        return {"wire": self.wire, "study": self.study, "code": self.code, "round": self.round_number}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A round's request: train from these weights."""
+
+    terms: Terms
+    weights: Weights
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A site's answer: an update if and only if `status` is OK."""
+
+    terms: Terms
+    status: Status
+    update: Weights | None = None
+
+
+def request_to_content(request: Request) -> RecordDict:
+    """The content of a TRAIN message."""
+    return RecordDict({"weights": _arrays(request.weights), "request": ConfigRecord(dict(request.terms.record()))})
+
+
+def request_from_message(message: Message) -> Request:
+    """Decode a TRAIN message. Raises WireError without echoing what was sent."""
+    if message.metadata.message_type != MessageType.TRAIN:
+        raise WireError(f"message type must be {MessageType.TRAIN}")
+    content = _content(message, {"weights", "request"})
+    terms = _terms(content, "request", set())[0]
+    return Request(terms, _weights(content, "weights"))
+
+
+def reply_to_content(reply: Reply) -> RecordDict:
+    """The content of a site's answer."""
+    record = ConfigRecord({**reply.terms.record(), "status": reply.status.value})
+    if reply.update is None:
+        return RecordDict({"reply": record})
+    return RecordDict({"reply": record, "update": _arrays(reply.update)})
+
+
+def reply_from_message(message: Message) -> Reply:
+    """Decode a site's answer. Raises WireError without echoing what was sent."""
+    if message.has_error():
+        raise WireError(f"the connection reported error code {message.error.code} instead of a reply")
+    answered = "update" in message.content
+    content = _content(message, {"reply", "update"} if answered else {"reply"})
+    terms, rest = _terms(content, "reply", {"status"})
+    if rest["status"] not in set(Status):
+        raise WireError("status is not a word of the closed list")
+    status = Status(str(rest["status"]))
+    if (status is Status.OK) != answered:
+        raise WireError("an update must come with status OK, and only then")
+    return Reply(terms, status, _weights(content, "update") if answered else None)
+
+
+def check_like(weights: Weights, expected: Weights, what: str) -> None:
+    """Raise WireError unless `weights` has the names, shapes and dtype of `expected` and finite values."""
+    if list(weights) != sorted(expected):
+        raise WireError(f"{what}: names of arrays differ from the study's network")
+    for name, array in weights.items():
+        if array.shape != expected[name].shape:
+            raise WireError(f"{what}: `{name}` has shape {array.shape}, expected {expected[name].shape}")
+        if not np.isfinite(array).all():
+            raise WireError(f"{what}: `{name}` has non-finite values")
+
+
+def to_bytes(weights: Weights) -> bytes:
+    """Weights as safetensors bytes, in order of name: equal weights, equal bytes."""
+    return safetensors.numpy.save({name: np.ascontiguousarray(weights[name]) for name in sorted(weights)})
+
+
+def from_bytes(data: bytes) -> Weights:
+    """Inverse of `to_bytes`."""
+    loaded = safetensors.numpy.load(data)
+    return {name: loaded[name] for name in sorted(loaded)}
+
+
+def digest_of(weights: Weights) -> str:
+    """sha256 of `to_bytes`."""
+    return hashlib.sha256(to_bytes(weights)).hexdigest()
+
+
+def _arrays(weights: Weights) -> ArrayRecord:
+    return ArrayRecord(OrderedDict((name, Array(weights[name])) for name in sorted(weights)))
+
+
+def _content(message: Message, keys: set[str]) -> RecordDict:
+    if not message.has_content() or set(message.content) != keys:
+        raise WireError(f"content must hold exactly {sorted(keys)}")
+    return message.content
+
+
+def _terms(content: RecordDict, key: str, more: set[str]) -> tuple[Terms, dict[str, object]]:
+    record = content[key]
+    types = {"wire": int, "study": str, "code": str, "round": int} | {name: str for name in more}
+    if not isinstance(record, ConfigRecord) or set(record) != set(types):
+        raise WireError(f"`{key}` must hold exactly {sorted(types)}")
+    if any(type(record[name]) is not kind for name, kind in types.items()):
+        raise WireError(f"`{key}` holds a value of the wrong type")
+    values = dict(record)
+    terms = Terms(str(values["study"]), str(values["code"]), int(str(values["round"])), int(str(values["wire"])))
+    return terms, {name: values[name] for name in more}
+
+
+def _weights(content: RecordDict, key: str) -> Weights:
+    record = content[key]
+    if not isinstance(record, ArrayRecord):
+        raise WireError(f"`{key}` must be arrays")
+    out: Weights = {}
+    for name in sorted(record):
+        if record[name].stype != "numpy.ndarray":
+            raise WireError(f"`{key}` must hold numpy arrays")
+        try:
+            array = record[name].numpy()
+        except (ValueError, EOFError, OSError) as error:  # np.load refuses pickles and garbage
+            raise WireError(f"`{key}` holds an array that cannot be read ({type(error).__name__})") from None
+        if array.dtype != np.float32:
+            raise WireError(f"`{key}` must hold float32 arrays")
+        out[name] = array
+    return out

@@ -1,0 +1,193 @@
+"""A study: one federated training of one task, as a public YAML file that every site pins by its digest.
+
+Everything that may influence a released gradient stands here or follows from it: plan, model, aggregation weights.
+`declared_patients` is the rounded cohort size that a person at the site agreed to publish; the true count appears in
+no formula. The `simulation` section is for virtual hospitals only and is no part of the digest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from common.errors import ConfigurationError
+from common.privacy.accounting import noise_multiplier_for
+from common.privacy.plan import Plan
+from common.schema import FeatureSchema
+from common.terms import Terms, parse, read_yaml
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Pool = Literal["last_state", "mean_state", "mean_input", "last_input"]
+
+
+class Task(Terms):
+    """What is predicted: the name of the label file and the public prevalence of a positive label."""
+
+    name: Name
+    prevalence: float = Field(gt=0, lt=1)
+
+
+class Records(Terms):
+    """How events become sequences: latest `max_steps` steps; steps are event times, or bins of `bin_hours`."""
+
+    max_steps: int = Field(ge=1, le=10_000)
+    bin_hours: float | None = Field(default=None, gt=0, le=24 * 366)
+
+
+class Model(Terms):
+    """The network. `cell: none` is logistic regression on the pooled inputs (then `hidden` is not used)."""
+
+    cell: Literal["gru", "lstm", "rnn", "none"] = "gru"
+    hidden: int = Field(default=32, ge=1, le=4096)
+    embedding: int = Field(default=16, ge=1, le=1024)
+    pooling: tuple[Pool, ...] = ("last_state", "mean_state", "mean_input", "last_input")
+    head_start: Literal["zero", "random"] = "zero"
+    centre_mask: bool = True
+
+    @field_validator("pooling")
+    @classmethod
+    def _distinct(cls, pooling: tuple[Pool, ...]) -> tuple[Pool, ...]:
+        if not pooling or len(set(pooling)) != len(pooling):
+            raise ValueError("name at least one pooling, each at most once")
+        return pooling
+
+
+class Privacy(Terms):
+    """The budget and what it is spent on. `epsilon: null` trains without noise: simulations only."""
+
+    epsilon: float | None = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+    sampling_rate: float = Field(default=0.25, gt=0, le=1)
+    clip: float = Field(gt=0)
+    spare_rounds: int = Field(default=4, ge=0, le=10_000)
+
+
+class Training(Terms):
+    """The recipe. `fedavg-one-step`: one noised step a round, Adam at the server. `fedavg-local`: `local_steps`
+    Adam steps at the site from the global weights, plain average at the server.
+
+    `aggregation` weights the sites by public numbers: `precision` (q_k declared_k / sigma_k)^2, `declared`, `uniform`.
+    """
+
+    recipe: Literal["fedavg-one-step", "fedavg-local"] = "fedavg-one-step"
+    rounds: int = Field(ge=1, le=100_000)
+    local_steps: int = Field(default=1, ge=1, le=10_000)
+    learning_rate: float = Field(gt=0, le=10)
+    decay: Literal["linear", "none"] = "linear"
+    aggregation: Literal["precision", "declared", "uniform"] = "precision"
+
+    @model_validator(mode="after")
+    def _one_step(self) -> Self:
+        if self.recipe == "fedavg-one-step" and self.local_steps != 1:
+            raise ValueError(f"local_steps = {self.local_steps} must be 1 in fedavg-one-step; or take fedavg-local")
+        return self
+
+
+class SiteTerms(Terms):
+    """What a site has agreed to publish about itself."""
+
+    declared_patients: int = Field(ge=2, le=100_000_000)
+
+
+class Simulation(Terms):
+    """Where virtual hospitals take their records: a synthetic preset, or a folder with a MEDS directory per site."""
+
+    cohort: str | None = None
+    data: str | None = None
+    train: tuple[Literal["train", "tuning"], ...] = ("train",)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.cohort is not None and self.data is not None:
+            raise ValueError("name `cohort` (a synthetic preset) or `data` (a folder of MEDS directories), not both")
+        return self
+
+
+class Study(Terms):
+    """One study, whole: see the module docstring. `features` may name a file; `load_study` puts its content here."""
+
+    version: Literal[1]
+    name: Name
+    task: Task
+    features: FeatureSchema
+    records: Records
+    model: Model = Model()
+    privacy: Privacy
+    training: Training
+    sites: dict[Name, SiteTerms] = Field(min_length=1)
+    quorum: int = Field(ge=1)
+    device: Literal["cpu", "cuda", "auto"] = "cpu"
+    simulation: Simulation = Simulation()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.quorum > len(self.sites):
+            raise ValueError(
+                f"quorum = {self.quorum} must be <= {len(self.sites)}, the number of sites; lower it or add sites"
+            )
+        smallest = min(self.sites, key=lambda name: self.sites[name].declared_patients)
+        declared = self.sites[smallest].declared_patients
+        if self.privacy.delta >= 1 / declared:
+            raise ValueError(
+                f"privacy.delta = {self.privacy.delta} must be < {1 / declared:.3g}, one over the declared patients "
+                f"of site `{smallest}` ({declared}); lower delta"
+            )
+        if self.model.cell == "none" and not {"mean_input", "last_input"} & set(self.model.pooling):
+            raise ValueError("model.pooling of `cell: none` must name mean_input or last_input")
+        return self
+
+    def digest(self) -> str:
+        """sha256 of the terms without `simulation`: what a site pins."""
+        return self.model_copy(update={"simulation": Simulation()})._whole_digest()
+
+    def _whole_digest(self) -> str:
+        return super().digest()
+
+    def plan(self) -> Plan:
+        """The plan that each site computes for itself from these terms. Raises PlanError if none exists."""
+        steps = self.training.rounds * self.training.local_steps
+        spare = self.privacy.spare_rounds * self.training.local_steps
+        epsilon = self.privacy.epsilon
+        sigma = (
+            0.0
+            if epsilon is None
+            else noise_multiplier_for(epsilon, self.privacy.delta, self.privacy.sampling_rate, steps + spare)
+        )
+        return Plan(self.privacy.sampling_rate, sigma, self.privacy.clip, self.privacy.delta, steps, spare)
+
+    def aggregation_weights(self) -> dict[str, float]:
+        """Public weight of each site, summing to 1: never from a reply, never from a true count.
+
+        `precision` is inverse-variance weighting: the noise on site k's mean gradient has standard deviation
+        sigma_k C / (q_k declared_k), so its weight is (q_k declared_k / sigma_k)^2. All sites of a study share q
+        and sigma, hence declared_k^2.
+        """
+        power = {"precision": 2, "declared": 1, "uniform": 0}[self.training.aggregation]
+        raw = {name: float(site.declared_patients) ** power for name, site in self.sites.items()}
+        total = sum(raw.values())
+        return {name: weight / total for name, weight in raw.items()}
+
+    def learning_rate(self, round_number: int) -> float:
+        """Learning rate of round 1..rounds: constant, or linear decay that would reach 0 after the last round."""
+        fraction = (round_number - 1) / self.training.rounds if self.training.decay == "linear" else 0.0
+        return self.training.learning_rate * (1 - fraction)
+
+
+def load_study(path: Path) -> Study:
+    """Read a study file; a `features:` that is a string names a feature file relative to the study file.
+
+    Raises:
+        ConfigurationError: names file, key, value, bound and remedy.
+    """
+    data: Any = read_yaml(path)
+    if not isinstance(data, dict):
+        raise ConfigurationError(f"{path}: expected a mapping of keys to values, got {type(data).__name__}")
+    features = data.get("features")
+    if isinstance(features, str):
+        data = {**data, "features": read_yaml(path.parent / features)}
+        if not isinstance(data["features"], dict):
+            raise ConfigurationError(f"{path.parent / features}: expected a mapping of keys to values")
+    return parse(data, Study, str(path))

@@ -1,0 +1,68 @@
+"""Who took part in a round: replies are checked one by one, and a round without quorum does not count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import Message
+
+from common.errors import WardroundError, WireError
+from common.records import Reply, Status, Terms, Weights, check_like, reply_from_message
+
+
+class QuorumError(WardroundError):
+    """Fewer sites than the study's quorum sent a usable update."""
+
+
+@dataclass
+class Replies:
+    """What came back in one round: updates by site, and why a site has none."""
+
+    updates: dict[str, Weights] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def require(self, quorum: int, round_number: int) -> None:
+        """Raise QuorumError unless at least `quorum` updates are there."""
+        if len(self.updates) < quorum:
+            why = "; ".join(f"{site}: {reason}" for site, reason in sorted(self.refused.items()))
+            raise QuorumError(
+                f"round {round_number}: {len(self.updates)} usable updates, the study's quorum is {quorum}"
+                + (f" ({why})" if why else "")
+            )
+
+
+def collect(messages: Iterable[Message], roster: Mapping[int, str], terms: Terms, like: Weights) -> Replies:
+    """Sort replies into updates and refusals.
+
+    Args:
+        messages: what the grid returned.
+        roster: node id -> site name, from the connection's keys, never from a reply.
+        terms: what every reply must repeat.
+        like: weights whose names and shapes an update must have.
+
+    A second reply of a site and a reply of a node outside the roster are dropped. One bad reply never stops a round.
+    """
+    replies = Replies()
+    for message in messages:
+        site = roster.get(message.metadata.src_node_id)
+        if site is None or site in replies.updates:
+            continue
+        try:
+            replies.updates[site] = _checked(reply_from_message(message), terms, like)
+            replies.refused.pop(site, None)
+        except WireError as error:
+            replies.refused[site] = str(error)
+    for site in roster.values():
+        if site not in replies.updates:
+            replies.refused.setdefault(site, "no reply")
+    return replies
+
+
+def _checked(reply: Reply, terms: Terms, like: Weights) -> Weights:
+    if reply.status is not Status.OK or reply.update is None:
+        raise WireError(reply.status.value)
+    if reply.terms != terms:
+        raise WireError("round, study or code differ from what was asked")
+    check_like(reply.update, like, "update")
+    return reply.update

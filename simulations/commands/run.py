@@ -1,0 +1,69 @@
+"""`wardround simulate run`: one study over virtual hospitals, with a table at the end and a folder of evidence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    study: Annotated[Path, typer.Argument(help="Study file (YAML).")],
+    out: Annotated[Path, typer.Option("--out", help="New folder for the run.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder with one MEDS directory per site (real records).")
+    ] = None,
+    epsilon: Annotated[str | None, typer.Option("--epsilon", help="Budget instead of the study's; `none`: no noise.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed instead of the study's.")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes, one thread each; same result.")] = 1,
+) -> None:
+    """Train STUDY over virtual hospitals and print accuracy beside epsilon, per site."""
+    import os
+
+    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"  # before the first import of flwr: nothing reaches outside
+    os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
+    from rich.console import Console
+
+    from common.study import load_study
+    from simulations import run_folder
+    from simulations.experiment import HeldOut, Progress, check_records, simulate
+    from simulations.hospitals import Hospitals, find_directories, write_synthetic
+    from simulations.overrides import override
+
+    console = Console()
+    terms = override(load_study(study), epsilon=epsilon, seed=seed, source=str(study))
+    chosen_seed = terms.simulation.seed
+    plan = terms.plan()
+    directories = find_directories(terms, data, study)
+    if directories is not None:
+        check_records(Hospitals(terms, directories, chosen_seed))
+    run_folder.create(out, terms, chosen_seed)
+    if directories is None:
+        directories = write_synthetic(terms, chosen_seed, out / "cohort")
+    hospitals = Hospitals(terms, directories, chosen_seed)
+    console.print(
+        f"{terms.name}: {len(terms.sites)} sites, {terms.training.rounds} rounds of {terms.training.local_steps} "
+        f"local step(s), {terms.model.cell}, q {plan.sampling_rate}, sigma {plan.noise_multiplier}, clip {plan.clip}",
+        highlight=False,
+    )
+
+    def show(progress: Progress) -> None:
+        run_folder.append_metrics(out, progress)
+        for site, reason in progress.refused.items():
+            console.print(f"round {progress.round_number}: {site} sent no update ({reason})", highlight=False)
+        if progress.auroc is not None:
+            spent = "  ".join(f"{site} {value:.2f}" for site, value in progress.epsilon.items())
+            console.print(
+                f"round {progress.round_number:>{len(str(progress.rounds))}}/{progress.rounds}  "
+                f"AUROC {progress.auroc:.3f}  epsilon so far: {spent}",
+                highlight=False,
+            )
+
+    result = simulate(hospitals, workers=workers, held_out=HeldOut(hospitals), on_round=show)
+    run_folder.finish(out, result)
+    console.print(run_folder.table(result.scores, f"{terms.name}, seed {chosen_seed}: held-out patients"))
+    console.print(f"epsilon: per patient, add or remove one, delta {terms.privacy.delta}", highlight=False)
+    for stamp in run_folder.stamps(terms):
+        console.print(stamp, highlight=False)
+    console.print(f"written to {out}", highlight=False)

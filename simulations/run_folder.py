@@ -1,0 +1,127 @@
+"""The run folder: everything a number can be traced back to, and a table for a person.
+
+    study.yaml           the study as it was run, features and seed included
+    run.json             versions, code digest, the table as data, the stamp
+    metrics.jsonl        a line per round: who took part, epsilon of the steps so far, pooled AUROC where taken
+    weights.safetensors  final weights by torch.nn's names
+    predictions.parquet  held-out predictions in MEDS evaluation columns (rows are patients: keep it local)
+    rounds.png           AUROC and epsilon by round
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+from pathlib import Path
+
+import yaml
+from rich.table import Table
+
+from common.errors import ConfigurationError
+from common.provenance import code_digest
+from common.records import to_bytes
+from common.report.figures import rounds_figure
+from common.study import Study
+from simulations.experiment import Progress, Result, SiteScore
+from simulations.seeded import STAMP
+
+VERSIONS = ("wardround", "torch", "opacus", "flwr", "dp-accounting", "numpy", "polars")
+NO_PRIVACY = "epsilon is infinite: this run had no noise and no privacy"
+RESEARCH = "research mode: the data were treated as public"
+
+
+def create(out: Path, study: Study, seed: int) -> Path:
+    """Make the run folder and put the study into it. Raises ConfigurationError if it exists and is not empty."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigurationError(f"--out {out} exists and is not empty; name a new folder, or remove it first")
+    out.mkdir(parents=True, exist_ok=True)
+    terms = study.model_dump(mode="json", exclude_none=True)
+    terms["privacy"]["epsilon"] = study.privacy.epsilon
+    terms["simulation"]["seed"] = seed
+    (out / "study.yaml").write_text(yaml.safe_dump(terms, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return out
+
+
+def append_metrics(out: Path, progress: Progress) -> None:
+    """Add a round's line to metrics.jsonl."""
+    line = {
+        "round": progress.round_number,
+        "seconds": round(progress.seconds, 4),
+        "auroc": progress.auroc,
+        "epsilon": {site: _number(value) for site, value in progress.epsilon.items()},
+        "refused": progress.refused,
+    }
+    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def finish(out: Path, result: Result) -> None:
+    """Write weights, predictions, figure and run.json."""
+    (out / "weights.safetensors").write_bytes(to_bytes(result.weights))
+    result.predictions.write_parquet(out / "predictions.parquet")
+    taken = [p for p in result.history if p.auroc is not None]
+    rounds_figure(
+        out / "rounds.png",
+        rounds=[p.round_number for p in taken],
+        auroc=[p.auroc for p in taken if p.auroc is not None],
+        epsilon=[max(p.epsilon.values()) for p in taken],
+        budget=result.study.privacy.epsilon,
+        best_possible=result.score().best_possible,
+        title=f"{result.study.name}: pooled held-out AUROC and epsilon by round",
+    )
+    facts = {
+        "study": result.study.name,
+        "study_digest": result.study.digest(),
+        "code_digest": code_digest(),
+        "seed": result.seed,
+        "stamps": stamps(result.study),
+        "plan": {name: _number(value) for name, value in vars(result.study.plan()).items()},
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "table": [_row(score) for score in result.scores],
+    }
+    (out / "run.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def stamps(study: Study) -> list[str]:
+    """What must be said beside the numbers of a simulation."""
+    first = NO_PRIVACY if study.privacy.epsilon is None else STAMP
+    return [first] if study.simulation.cohort else [first, RESEARCH]
+
+
+def table(scores: list[SiteScore], title: str) -> Table:
+    """The final table for a terminal."""
+    out = Table(title=title, title_justify="left")
+    out.add_column("site")
+    for column in ("declared patients", "epsilon", "AUROC [95 % interval]", "best possible"):
+        out.add_column(column, justify="right")
+    for score in scores:
+        if score.site == scores[-1].site:
+            out.add_section()
+        out.add_row(
+            score.site,
+            f"{score.declared_patients:,}",
+            "none" if math.isinf(score.epsilon) else f"{math.ceil(score.epsilon * 1000) / 1000:.3f}",
+            f"{score.auroc.value:.3f} [{score.auroc.low:.3f}, {score.auroc.high:.3f}]",
+            "unknown" if score.best_possible is None else f"{score.best_possible:.3f}",
+        )
+    return out
+
+
+def _row(score: SiteScore) -> dict[str, object]:
+    return {
+        "site": score.site,
+        "declared_patients": score.declared_patients,
+        "epsilon": _number(score.epsilon),
+        "auroc": score.auroc.value,
+        "auroc_low": score.auroc.low,
+        "auroc_high": score.auroc.high,
+        "best_possible": score.best_possible,
+    }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no infinity: no privacy is null."""
+    return value if math.isfinite(value) else None
