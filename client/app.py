@@ -20,7 +20,7 @@ def build_app(site_of: Callable[[Context], Site]) -> ClientApp:
     """
     app = ClientApp()
 
-    @app.train()  # type: ignore[misc]  # flwr's decorators carry no types
+    @app.train()
     def train(message: Message, context: Context) -> Message:
         try:
             request = request_from_message(message)

@@ -55,7 +55,10 @@ class _Account:
     attempts: dict[int, int] = field(default_factory=dict)
     open: Attempt | None = None
     released: dict[int, str] = field(default_factory=dict)  # round -> digest of the weights it was released for
-    last_update: tuple[int, bytes] = (0, b"")  # only the newest is kept: no server asks for an older round again
+    last_update: tuple[int, bytes] = (
+        0,
+        b"",
+    )  # only the newest is kept: no server asks for an older round again
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from client.ledger import Ledger
 from common.batching import Dataset
 from common.errors import BudgetError, WireError
 from common.models.network import build_network
@@ -17,8 +18,6 @@ from common.provenance import code_digest
 from common.records import Reply, Request, Status, Terms, check_like, digest_of, from_bytes, to_bytes
 from common.study import Study
 from common.training import load_state, local_optimizer, state_of, train_round
-
-from client.ledger import Ledger
 
 log = logging.getLogger("wardround.site")
 

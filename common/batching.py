@@ -144,7 +144,7 @@ class Dataset:
 
 def _ranges(start: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
     """start[0] .. start[0]+count[0]-1, start[1] .. : the ranges one after another."""
-    before = np.cumsum(count) - count
+    before: NDArray[np.int64] = np.cumsum(count) - count
     return np.arange(int(count.sum())) + np.repeat(start - before, count)
 
 
@@ -152,4 +152,5 @@ def _packed_sizes(length: NDArray[np.int64]) -> NDArray[np.int64]:
     """Rows at each time for falling lengths [S]: sizes[t] = number of lengths greater than t."""
     if not len(length):
         return np.empty(0, np.int64)
-    return len(length) - np.cumsum(np.bincount(length, minlength=length[0] + 1))[:-1]
+    ended: NDArray[np.int64] = np.cumsum(np.bincount(length, minlength=length[0] + 1))[:-1]
+    return len(length) - ended

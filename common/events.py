@@ -127,9 +127,7 @@ def typed_events(events: pl.LazyFrame, schema: FeatureSchema, source: str) -> pl
     _check_time(have, TIME, source)
     code_type = have[CODE]
     if not (code_type == pl.String or isinstance(code_type, pl.Categorical | pl.Enum)):
-        raise DataError(
-            f"{source}: column `{CODE}` is {code_type}, expected text; write the codes as strings"
-        )
+        raise DataError(f"{source}: column `{CODE}` is {code_type}, expected text; write the codes as strings")
     if NUMERIC_VALUE in have:
         if not (have[NUMERIC_VALUE].is_numeric() or have[NUMERIC_VALUE] == pl.Null):
             raise DataError(
@@ -146,9 +144,7 @@ def typed_events(events: pl.LazyFrame, schema: FeatureSchema, source: str) -> pl
         )
     else:
         number = pl.lit(None, dtype=pl.Float32).alias(NUMERIC_VALUE)
-    return events.select(
-        pl.col(SUBJECT_ID), pl.col(TIME).cast(_MICROSECONDS), pl.col(CODE).cast(pl.String), number
-    )
+    return events.select(pl.col(SUBJECT_ID), pl.col(TIME).cast(_MICROSECONDS), pl.col(CODE).cast(pl.String), number)
 
 
 def survey(events: pl.LazyFrame, schema: FeatureSchema, source: str) -> Coverage:
@@ -172,9 +168,7 @@ def survey(events: pl.LazyFrame, schema: FeatureSchema, source: str) -> Coverage
     total = {name: int(counted[name].sum()) for name in counted.columns[1:]}
     of = f"of {total['events']} events"
     if total["no_id"]:
-        raise DataError(
-            f"{source}: column `{SUBJECT_ID}` is null in {total['no_id']} {of}; {_NO_ID}; remove them"
-        )
+        raise DataError(f"{source}: column `{SUBJECT_ID}` is null in {total['no_id']} {of}; {_NO_ID}; remove them")
     if total["no_code"]:
         raise DataError(f"{source}: column `{CODE}` is null in {total['no_code']} {of}; remove or code them")
     if total["not_finite"]:
@@ -215,8 +209,7 @@ def checked_labels(labels: pl.DataFrame, source: str) -> pl.DataFrame:
     _check_time(have, PREDICTION_TIME, source)
     if have[BOOLEAN_VALUE] != pl.Boolean:
         raise DataError(
-            f"{source}: column `{BOOLEAN_VALUE}` is {have[BOOLEAN_VALUE]}, expected boolean; "
-            "write true or false"
+            f"{source}: column `{BOOLEAN_VALUE}` is {have[BOOLEAN_VALUE]}, expected boolean; write true or false"
         )
     if labels.is_empty():
         raise DataError(f"{source}: no label rows; write at least one per patient of the study")
@@ -224,14 +217,10 @@ def checked_labels(labels: pl.DataFrame, source: str) -> pl.DataFrame:
     for column in rows.columns:
         missing = rows[column].null_count()
         if missing:
-            raise DataError(
-                f"{source}: column `{column}` is null in {missing} of {len(rows)} rows; remove them"
-            )
+            raise DataError(f"{source}: column `{column}` is null in {missing} of {len(rows)} rows; remove them")
     wild = int((~rows[PREDICTION_TIME].to_physical().is_between(*_YEARS)).sum())
     if wild:
-        raise DataError(
-            f"{source}: column `{PREDICTION_TIME}` lies outside years 1 to 9999 in {wild} rows; correct it"
-        )
+        raise DataError(f"{source}: column `{PREDICTION_TIME}` lies outside years 1 to 9999 in {wild} rows; correct it")
     repeated = len(rows) - rows.select(SUBJECT_ID, PREDICTION_TIME).n_unique()
     if repeated:
         raise DataError(

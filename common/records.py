@@ -141,7 +141,7 @@ def _content(message: Message, keys: set[str]) -> RecordDict:
 
 def _terms(content: RecordDict, key: str, more: set[str]) -> tuple[Terms, dict[str, object]]:
     record = content[key]
-    types = {"wire": int, "study": str, "code": str, "round": int} | {name: str for name in more}
+    types = {"wire": int, "study": str, "code": str, "round": int} | dict.fromkeys(more, str)
     if not isinstance(record, ConfigRecord) or set(record) != set(types):
         raise WireError(f"`{key}` must hold exactly {sorted(types)}")
     if any(type(record[name]) is not kind for name, kind in types.items()):

@@ -79,9 +79,7 @@ class NumericFeature(Terms):
         low, high = (math.log1p(self.min), math.log1p(self.max)) if self.log else (self.min, self.max)
         if not low <= self.centre <= high:
             axis = " on the log scale" if self.log else ""
-            raise ValueError(
-                f"centre {self.centre:g} is outside [{low:.4g}, {high:.4g}]{axis}; correct centre"
-            )
+            raise ValueError(f"centre {self.centre:g} is outside [{low:.4g}, {high:.4g}]{axis}; correct centre")
         return self
 
 
@@ -189,9 +187,7 @@ class FeatureSchema(Terms):
     @model_validator(mode="after")
     def _one_use_per_code(self) -> FeatureSchema:
         if not self.values and not self.codes:
-            raise ValueError(
-                "neither values nor codes are listed, so no step could ever exist; list at least one"
-            )
+            raise ValueError("neither values nor codes are listed, so no step could ever exist; list at least one")
         twice = [code for code, count in Counter(self.codes).items() if count > 1]
         if twice:
             raise ValueError(f"codes lists `{twice[0]}` twice ({len(twice)} such codes); keep one")
@@ -199,9 +195,7 @@ class FeatureSchema(Terms):
         for one, other in (("values", "codes"), ("values", "statics"), ("codes", "statics")):
             shared = sorted(groups[one] & groups[other])
             if shared:
-                raise ValueError(
-                    f"`{shared[0]}` is in both {one} and {other}; a code has one use, keep one of them"
-                )
+                raise ValueError(f"`{shared[0]}` is in both {one} and {other}; a code has one use, keep one of them")
         return self
 
     @property

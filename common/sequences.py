@@ -115,9 +115,7 @@ class Sequences:
         }
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
-                raise DataError(
-                    f"sequences: `{name}` has shape {getattr(self, name).shape}, expected {shape}"
-                )
+                raise DataError(f"sequences: `{name}` has shape {getattr(self, name).shape}, expected {shape}")
 
     def __repr__(self) -> str:
         return "Sequences(records of patients, not printed)"
@@ -144,9 +142,7 @@ class Sequences:
         """
         wanted = np.asarray(patients)
         if wanted.size and not np.issubdtype(wanted.dtype, np.integer):
-            raise DataError(
-                f"select: patient indices are {wanted.dtype}, expected integers (positions, no mask)"
-            )
+            raise DataError(f"select: patient indices are {wanted.dtype}, expected integers (positions, no mask)")
         chosen: Ints = np.unique(wanted).astype(np.int64)
         if chosen.size and not (chosen[0] >= 0 and chosen[-1] < self.n_patients):
             raise DataError("select: a patient index is out of range; take indices from 0 to n_patients - 1")
@@ -263,9 +259,7 @@ def _bin_width(max_steps: int, bin_hours: float | None) -> int | None:
     if bin_hours is None:
         return None
     if not (math.isfinite(bin_hours) and 1 / MICROSECONDS_PER_HOUR <= bin_hours <= 1e6):
-        raise ConfigurationError(
-            f"bin_hours = {bin_hours} must lie between a microsecond and 1e6 hours, or null"
-        )
+        raise ConfigurationError(f"bin_hours = {bin_hours} must lie between a microsecond and 1e6 hours, or null")
     return round(bin_hours * MICROSECONDS_PER_HOUR)
 
 
@@ -306,8 +300,7 @@ def _usable(events: pl.LazyFrame, patients: pl.DataFrame, schema: FeatureSchema)
             "patient",
             pl.col(TIME).to_physical().fill_null(_ALWAYS),
             pl.col("group") == STATIC,
-            pl.col("column")
-            + pl.when(pl.col("group").is_in([VALUE, STATIC])).then(0).otherwise(schema.n_values),
+            pl.col("column") + pl.when(pl.col("group").is_in([VALUE, STATIC])).then(0).otherwise(schema.n_values),
             pl.col(NUMERIC_VALUE).cast(pl.Float64),
         )
         .collect()

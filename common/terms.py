@@ -39,7 +39,7 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.events.AliasEvent):
-            mark = self.peek_event().start_mark
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # the stubs leave it out
             raise ConfigurationError(f"line {mark.line + 1}: YAML aliases (*name) are refused; write the value out")
         return super().compose_node(parent, index)
 

@@ -96,7 +96,8 @@ def _noised(flat: Tensor, plan: Plan, randomness: Randomness) -> Tensor:
 
 def local_optimizer(recipe: str, network: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     """The optimizer at the site. `fedavg-one-step`: the identity (update = -noised mean gradient; the server has the
-    learning rate). `fedavg-local`: Adam (Kingma and Ba 2015), fresh each round, so that a site keeps no state."""
+    learning rate). `fedavg-local`: Adam (Kingma and Ba 2015), fresh each round, so that a site keeps no state.
+    """
     parameters = list(network.parameters())
     if recipe == "fedavg-one-step":
         return torch.optim.SGD(parameters, lr=1.0)
@@ -105,7 +106,7 @@ def local_optimizer(recipe: str, network: nn.Module, learning_rate: float) -> to
 
 
 def state_of(network: nn.Module) -> Weights:
-    """A copy of the parameters as float32 arrays by torch.nn's names. Buffers are refused: they would leave unnoised."""
+    """Float32 copies of the parameters by name. Buffers are refused: they would leave without noise."""
     if next(network.buffers(), None) is not None:
         raise ValueError("the network has buffers, which no noise covers; use layers without running statistics")
     return {name: p.detach().cpu().numpy().astype(np.float32).copy() for name, p in network.named_parameters()}

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Weights = dict[str, NDArray[np.float32]]
-Moments = dict[str, NDArray[np.float64]]
+Mean = dict[str, NDArray[np.float64]]
 BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8
 
 
@@ -22,11 +22,11 @@ class AdamState:
     """Steps taken and running first and second moments, by parameter name; checkpoints as it is."""
 
     step: int = 0
-    first: Moments = field(default_factory=dict)
-    second: Moments = field(default_factory=dict)
+    first: Mean = field(default_factory=dict)
+    second: Mean = field(default_factory=dict)
 
 
-def adam(state: AdamState, weights: Weights, average: Weights, learning_rate: float) -> tuple[AdamState, Weights]:
+def adam(state: AdamState, weights: Weights, average: Mean, learning_rate: float) -> tuple[AdamState, Weights]:
     """One Adam step (Kingma and Ba 2015, algorithm 1) in float64 along the averaged update.
 
     Args:
@@ -37,7 +37,7 @@ def adam(state: AdamState, weights: Weights, average: Weights, learning_rate: fl
     step = state.step + 1
     first, second, new = {}, {}, {}
     for name, weight in weights.items():
-        gradient = -average[name].astype(np.float64)
+        gradient = -average[name]
         first[name] = BETA1 * state.first.get(name, 0.0) + (1 - BETA1) * gradient
         second[name] = BETA2 * state.second.get(name, 0.0) + (1 - BETA2) * gradient**2
         mean = first[name] / (1 - BETA1**step)
@@ -46,12 +46,12 @@ def adam(state: AdamState, weights: Weights, average: Weights, learning_rate: fl
     return AdamState(step, first, second), new
 
 
-def plain(weights: Weights, average: Weights) -> Weights:
+def plain(weights: Weights, average: Mean) -> Weights:
     """Federated averaging: add the average update."""
     return {name: (weight + average[name]).astype(np.float32) for name, weight in weights.items()}
 
 
-def weighted_mean(updates: dict[str, Weights], weights: dict[str, float]) -> Weights:
+def weighted_mean(updates: dict[str, Weights], weights: dict[str, float]) -> Mean:
     """Sum over sites of weight * update / sum of weights, in float64 and in a fixed order of sites.
 
     Args:
@@ -60,7 +60,8 @@ def weighted_mean(updates: dict[str, Weights], weights: dict[str, float]) -> Wei
     """
     present = sorted(updates)
     total = sum(weights[site] for site in present)
-    return {
-        name: sum(weights[site] / total * updates[site][name].astype(np.float64) for site in present)
-        for name in updates[present[0]]
-    }
+    mean: Mean = {name: np.zeros_like(array, np.float64) for name, array in updates[present[0]].items()}
+    for site in present:
+        for name, array in updates[site].items():
+            mean[name] += weights[site] / total * array.astype(np.float64)
+    return mean

@@ -37,7 +37,7 @@ def run(
     rounds: int,
     first_round: int = 1,
     deadline: float | None = None,
-    on_round: Callable[[RoundRecord], None] = lambda record: None,
+    on_round: Callable[[RoundRecord], None] = lambda _record: None,
 ) -> Weights:
     """Run rounds `first_round`..`rounds` and return the last global weights.
 

@@ -15,7 +15,7 @@ from server.optimizer import AdamState, adam, plain, weighted_mean
 from server.participation import Replies, collect
 
 
-class FederatedAveraging(Strategy):  # type: ignore[misc]  # flwr ships no types
+class FederatedAveraging(Strategy):
     """Average the sites' updates with the study's public weights and step the global weights (McMahan et al. 2017).
 
     Args:

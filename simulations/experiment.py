@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from common.batching import Dataset
 from common.errors import DataError
 from common.metrics import Interval, auroc, bootstrap
 from common.models.network import build_network
@@ -97,7 +96,7 @@ def simulate(
     workers: int = 1,
     resamples: int = 1000,
     held_out: HeldOut | None = None,
-    on_round: Callable[[Progress], None] = lambda progress: None,
+    on_round: Callable[[Progress], None] = lambda _progress: None,
 ) -> Result:
     """Run the study over its virtual hospitals.
 
@@ -158,7 +157,12 @@ def score_sites(
         known = truth.values() if site == POOLED else [truth[site]]
         best = [part for part in known if part is not None]
         interval = bootstrap(
-            auroc, held_out.patient[mine], held_out.label[mine], probability[mine], resamples=resamples, seed=0
+            auroc,
+            held_out.patient[mine],
+            held_out.label[mine],
+            probability[mine],
+            resamples=resamples,
+            seed=0,
         )
         rows.append(
             SiteScore(
@@ -210,5 +214,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-

@@ -41,7 +41,14 @@ class Hospitals:
     def sequences(self, site: str, splits: tuple[str, ...]) -> Sequences:
         """The site's sequences of these splits. Raises DataError if they cannot be used."""
         terms, schema = self.study.records, self.study.features
-        key = (self.directories[site], self.study.task.name, schema.digest(), splits, terms.max_steps, terms.bin_hours)
+        key = (
+            self.directories[site],
+            self.study.task.name,
+            schema.digest(),
+            splits,
+            terms.max_steps,
+            terms.bin_hours,
+        )
         if key not in _ALREADY_READ:
             _ALREADY_READ[key] = read(
                 self.directories[site],

@@ -30,7 +30,7 @@ RUN_ID, SERVER_NODE = 1, 1
 OpenSite = Callable[[str], Site]
 
 
-class LocalGrid(Grid):  # type: ignore[misc]  # flwr ships no types
+class LocalGrid(Grid):
     """Virtual hospitals behind Flower's Grid interface. Use as a context manager.
 
     Args:
@@ -106,9 +106,11 @@ class _Here:
         self._waiting: list[Message] = []
 
     def start(self, messages: list[Message]) -> None:
+        """Take a round's messages."""
         self._waiting = messages
 
     def finish(self) -> list[Message]:
+        """Run them and return the replies."""
         replies = []
         for message in self._waiting:
             node = message.metadata.dst_node_id
@@ -132,9 +134,11 @@ class _Worker:
         theirs.close()
 
     def start(self, messages: list[Message]) -> None:
+        """Send a round's messages to the process."""
         self._pipe.send(messages)
 
     def finish(self) -> list[Message]:
+        """Wait for its replies. Raises what stopped it."""
         try:
             answer = self._pipe.recv()
         except EOFError:
@@ -144,6 +148,7 @@ class _Worker:
         return list(answer)
 
     def close(self) -> None:
+        """End the process; it stops at the closed pipe."""
         self._pipe.close()
         self._process.join(timeout=10)
         if self._process.is_alive():

@@ -1,11 +1,11 @@
 """The run folder: everything a number can be traced back to, and a table for a person.
 
-    study.yaml           the study as it was run, features and seed included
-    run.json             versions, code digest, the table as data, the stamp
-    metrics.jsonl        a line per round: who took part, epsilon of the steps so far, pooled AUROC where taken
-    weights.safetensors  final weights by torch.nn's names
-    predictions.parquet  held-out predictions in MEDS evaluation columns (rows are patients: keep it local)
-    rounds.png           AUROC and epsilon by round
+study.yaml           the study as it was run, features and seed included
+run.json             versions, code digest, the table as data, the stamp
+metrics.jsonl        a line per round: who took part, epsilon of the steps so far, pooled AUROC where taken
+weights.safetensors  final weights by torch.nn's names
+predictions.parquet  held-out predictions in MEDS evaluation columns (rows are patients: keep it local)
+rounds.png           AUROC and epsilon by round
 """
 
 from __future__ import annotations

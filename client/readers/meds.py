@@ -82,9 +82,7 @@ class MedsDirectory:
         self.data = root / data_subdirectory
         self.shards = sorted(self.data.glob("**/*.parquet"))
         if not self.shards:
-            raise DataError(
-                f"{self.data}: no *.parquet file; a MEDS directory keeps its events there, check the path"
-            )
+            raise DataError(f"{self.data}: no *.parquet file; a MEDS directory keeps its events there, check the path")
 
     @property
     def tasks(self) -> list[str]:
@@ -105,9 +103,7 @@ class MedsDirectory:
     def labels(self, task: str) -> pl.DataFrame:
         """The task's label rows, checked and sorted by patient and prediction time."""
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", task):
-            raise ConfigurationError(
-                f"task {task!r} is not a plain name; use letters, digits, `_`, `-` and `.`"
-            )
+            raise ConfigurationError(f"task {task!r} is not a plain name; use letters, digits, `_`, `-` and `.`")
         path = self.root / LABELS / f"{task}.parquet"
         if not path.is_file():
             here = ", ".join(self.tasks) or "none"
@@ -185,9 +181,7 @@ def read(
     split_key: bytes | None = None,
 ) -> Sequences:
     """`MedsDirectory(root).read(...)`: the whole way from a folder to sequences."""
-    return MedsDirectory(root).read(
-        task, schema, split, max_steps=max_steps, bin_hours=bin_hours, split_key=split_key
-    )
+    return MedsDirectory(root).read(task, schema, split, max_steps=max_steps, bin_hours=bin_hours, split_key=split_key)
 
 
 def _from_file(path: Path, subjects: pl.Series) -> pl.DataFrame:
@@ -195,23 +189,16 @@ def _from_file(path: Path, subjects: pl.Series) -> pl.DataFrame:
     table = _read(path)
     for column, kind in ((SUBJECT_ID, pl.Int64), (SPLIT, pl.String)):
         if column not in table.columns:
-            raise DataError(
-                f"{path}: column `{column}` is missing; add it, or remove the file to split by key"
-            )
+            raise DataError(f"{path}: column `{column}` is missing; add it, or remove the file to split by key")
         if table.schema[column] != kind:
-            raise DataError(
-                f"{path}: column `{column}` is {table.schema[column]}, expected {kind}; convert it"
-            )
+            raise DataError(f"{path}: column `{column}` is {table.schema[column]}, expected {kind}; convert it")
         missing = table[column].null_count()
         if missing:
-            raise DataError(
-                f"{path}: column `{column}` is null in {missing} of {len(table)} rows; remove them"
-            )
+            raise DataError(f"{path}: column `{column}` is null in {missing} of {len(table)} rows; remove them")
     other = int((~table[SPLIT].is_in(SPLITS)).sum())
     if other:
         raise DataError(
-            f"{path}: column `{SPLIT}` is none of {', '.join(SPLITS)} in {other} of {len(table)} rows; "
-            "rename them"
+            f"{path}: column `{SPLIT}` is none of {', '.join(SPLITS)} in {other} of {len(table)} rows; rename them"
         )
     distinct = table.select(SUBJECT_ID, SPLIT).unique()
     twice = distinct.filter(pl.col(SUBJECT_ID).is_duplicated())[SUBJECT_ID].n_unique()

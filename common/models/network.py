@@ -73,7 +73,8 @@ class DiagnosisNetwork(nn.Module):
             with Rows.of(PackedSequence(x, batch.sizes)):  # these rows are steps, not patients
                 x = torch.cat([x, self.embedding(batch.codes, batch.code_start)], dim=1)
         states, _ = self.recurrence(PackedSequence(x, batch.sizes))
-        return self.head(_pool(self.pooling, batch, states.data)).squeeze(1)
+        logit: Tensor = self.head(_pool(self.pooling, batch, states.data)).squeeze(1)
+        return logit
 
 
 class LogisticRegression(nn.Module):

@@ -64,6 +64,7 @@ def noise_multiplier_for(epsilon: float, delta: float, sampling_rate: float, pri
         raise PlanError(f"epsilon = {epsilon} must be > 0; to train without privacy in a simulation write `null`")
     if math.isinf(epsilon):
         return 0.0
+
     def price(sigma: float) -> float:
         return _pld_epsilon(event(sampling_rate, sigma, priced_steps), delta, grid)
 
@@ -77,7 +78,8 @@ def noise_multiplier_for(epsilon: float, delta: float, sampling_rate: float, pri
     while high - low > 10.0**-SIGMA_DIGITS / 2:
         middle = (low + high) / 2
         low, high = (low, middle) if price(middle) <= epsilon else (middle, high)
-    return math.ceil(high * 10**SIGMA_DIGITS) / 10**SIGMA_DIGITS
+    rounded_up: float = math.ceil(high * 10**SIGMA_DIGITS) / 10**SIGMA_DIGITS
+    return rounded_up
 
 
 def _bracket(price: Callable[[float], float], epsilon: float) -> tuple[float, float]:
@@ -91,7 +93,9 @@ def _bracket(price: Callable[[float], float], epsilon: float) -> tuple[float, fl
     return max(low, SIGMA_FLOOR), high
 
 
-ORDERS = tuple(float(order) for order in (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256))  # whole: fractional ones fail to converge at large q
+ORDERS = tuple(
+    float(order) for order in (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256)
+)  # whole: fractional ones fail to converge at large q
 
 
 def rdp_of(plan: Plan, order: float) -> float:

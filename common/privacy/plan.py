@@ -39,7 +39,12 @@ class Plan:
     def __post_init__(self) -> None:
         checks = (
             ("sampling_rate", self.sampling_rate, 0 < self.sampling_rate <= 1, "in (0, 1]"),
-            ("noise_multiplier", self.noise_multiplier, 0 <= self.noise_multiplier < math.inf, "finite and >= 0"),
+            (
+                "noise_multiplier",
+                self.noise_multiplier,
+                0 <= self.noise_multiplier < math.inf,
+                "finite and >= 0",
+            ),
             ("clip", self.clip, 0 < self.clip < math.inf, "finite and > 0"),
             ("delta", self.delta, 0 < self.delta < 1, "in (0, 1)"),
             ("steps", self.steps, self.steps >= 1, ">= 1"),

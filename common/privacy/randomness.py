@@ -52,10 +52,10 @@ class Randomness:
         return np.frombuffer(self._stream.update(bytes(8 * count)), np.uint64)
 
     def poisson_sample(self, patients: int, sampling_rate: float) -> NDArray[np.int64]:
-        """Indices [B] of the patients that join a step, ascending: each of `patients` with probability q, B may be 0."""
+        """Indices [B], ascending, of who joins a step: each of `patients` with probability q; B may be 0."""
         if sampling_rate >= 1:
             return np.arange(patients)
-        threshold = np.uint64(int(math.floor(math.ldexp(sampling_rate, 64))))
+        threshold = np.uint64(math.floor(math.ldexp(sampling_rate, 64)))
         return np.flatnonzero(self.bits(patients) < threshold)
 
     def normal(self, count: int) -> NDArray[np.float64]:

@@ -14,7 +14,9 @@ def command(
     data: Annotated[
         Path | None, typer.Option("--data", help="Folder with one MEDS directory per site (real records).")
     ] = None,
-    epsilon: Annotated[str | None, typer.Option("--epsilon", help="Budget instead of the study's; `none`: no noise.")] = None,
+    epsilon: Annotated[
+        str | None, typer.Option("--epsilon", help="Budget instead of the study's; `none`: no noise.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed instead of the study's.")] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes, one thread each; same result.")] = 1,
 ) -> None:

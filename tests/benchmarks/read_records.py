@@ -41,9 +41,7 @@ def schema_for(name: str, folder: Path) -> FeatureSchema:
     """The shipped schema, or one over all codes of the data set."""
     if name == "physionet2012":
         return load(CONFIGS / "physionet2012.yaml", FeatureSchema)
-    listed = pl.concat(
-        [pl.read_parquet(path)["code"] for path in folder.glob("meds/*/metadata/codes.parquet")]
-    )
+    listed = pl.concat([pl.read_parquet(path)["code"] for path in folder.glob("meds/*/metadata/codes.parquet")])
     keys = ("centre", "scale", "min", "max")
     terms = {
         "version": 1,
@@ -81,12 +79,8 @@ def measure(name: str, data: Path) -> str:
 
 def main() -> int:
     """Run each data set in a fresh interpreter and print its line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"any of {', '.join(DATA_SETS)}; default all"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(DATA_SETS)}; default all")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--here", action="store_true", help="run in this process")
     arguments = parser.parse_args()

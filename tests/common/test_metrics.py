@@ -42,9 +42,7 @@ def _logit(p: FloatArray) -> FloatArray:
 def test_ranking_metrics_agree_with_scikit_learn(rows: Rows) -> None:
     """AUROC and AUPRC equal scikit-learn's, with ties and with weights, zero weights included."""
     label, score, weight = map(np.array, zip(*rows, strict=True))
-    assert auroc(label, score, weight) == pytest.approx(
-        roc_auc_score(label, score, sample_weight=weight), abs=1e-12
-    )
+    assert auroc(label, score, weight) == pytest.approx(roc_auc_score(label, score, sample_weight=weight), abs=1e-12)
     assert auprc(label, score, weight) == pytest.approx(
         average_precision_score(label, score, sample_weight=weight), abs=1e-12
     )
@@ -119,9 +117,7 @@ def test_calibration_agrees_with_unpenalised_logistic_regression(slope: float, i
     logit = rng.normal(-1.5, 1.2, 3000)
     label = rng.random(3000) < 1 / (1 + np.exp(-(intercept + slope * logit)))
     weight = rng.integers(0, 3, 3000)
-    fitted = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(
-        logit[:, None], label, sample_weight=weight
-    )
+    fitted = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(logit[:, None], label, sample_weight=weight)
     found = calibration(label, 1 / (1 + np.exp(-logit)), weight)
     assert found.slope == pytest.approx(fitted.coef_[0, 0], abs=1e-5)
     assert found.intercept == pytest.approx(fitted.intercept_[0], abs=1e-5)
@@ -327,8 +323,6 @@ def test_bootstrap_refuses_settings_out_of_range() -> None:
 
 def test_metrics_import_no_training_library() -> None:
     """`wardround client check` starts fast: metrics load neither torch, opacus, flwr nor scikit-learn."""
-    code = (
-        "import sys, common.metrics; print(sorted({'torch', 'opacus', 'flwr', 'sklearn'} & set(sys.modules)))"
-    )
+    code = "import sys, common.metrics; print(sorted({'torch', 'opacus', 'flwr', 'sklearn'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -66,9 +66,7 @@ def test_widths_count_every_column() -> None:
 def test_equal_digests_mean_equal_columns() -> None:
     """Two files that list the same features in another order have one digest and one column order."""
     one = parse(terms(), FeatureSchema, "one")
-    turned = terms(
-        values=dict(reversed(terms()["values"].items())), statics=dict(reversed(terms()["statics"].items()))
-    )
+    turned = terms(values=dict(reversed(terms()["values"].items())), statics=dict(reversed(terms()["statics"].items())))
     other = parse(turned, FeatureSchema, "other")
     assert one.digest() == other.digest()
     assert one.value_codes == other.value_codes

@@ -34,7 +34,12 @@ SCHEMA = parse(
             "HR": {"centre": 85, "scale": 18, "unit": "bpm", "min": 15, "max": 250, "basis": "icu"},
             "PH": {"centre": 7.38, "scale": 0.07, "unit": "pH", "min": 6.6, "max": 7.9, "basis": "icu"},
             "LACTATE": {
-                **{"centre": 1.1, "scale": 0.45, "log": True, "unit": "mmol/L", "min": 0.2, "max": 35},
+                "centre": 1.1,
+                "scale": 0.45,
+                "log": True,
+                "unit": "mmol/L",
+                "min": 0.2,
+                "max": 35,
                 "basis": "icu",
             },
         },
@@ -61,17 +66,17 @@ def hours(number: float) -> datetime:
 def events_frame(events: list[Event]) -> pl.LazyFrame:
     """Events as a MEDS table."""
     types = {
-        "subject_id": pl.Int64,
+        "subject_id": pl.Int64(),
         "time": pl.Datetime("us"),
-        "code": pl.String,
-        "numeric_value": pl.Float32,
+        "code": pl.String(),
+        "numeric_value": pl.Float32(),
     }
     return pl.LazyFrame(events, schema=types, orient="row")
 
 
 def labels_frame(labels: list[Label]) -> pl.DataFrame:
     """Label rows as a MEDS table."""
-    types = {"subject_id": pl.Int64, "prediction_time": pl.Datetime("us"), "boolean_value": pl.Boolean}
+    types = {"subject_id": pl.Int64(), "prediction_time": pl.Datetime("us"), "boolean_value": pl.Boolean()}
     return pl.DataFrame(labels, schema=types, orient="row")
 
 
@@ -125,9 +130,7 @@ def plain_statics(mine: list[Event]) -> list[float]:
         elif isinstance(static, LevelsFeature):
             found = [(time, number) for time, number in found if number in static.levels]
         newest = max((time for time, _ in found), default=None)
-        numbers = [
-            float(np.float32(number)) for time, number in found if time == newest and number is not None
-        ]
+        numbers = [float(np.float32(number)) for time, number in found if time == newest and number is not None]
         if isinstance(static, NumericFeature):
             columns.append(scaled(static, numbers) if numbers else 0.0)
         elif isinstance(static, LevelsFeature):
@@ -137,9 +140,7 @@ def plain_statics(mine: list[Event]) -> list[float]:
     return columns
 
 
-def plain_steps(
-    mine: list[Event], prediction: datetime, max_steps: int, width: timedelta | None
-) -> list[Step]:
+def plain_steps(mine: list[Event], prediction: datetime, max_steps: int, width: timedelta | None) -> list[Step]:
     """The steps from one patient's events up to the prediction time."""
     runs: dict[Any, list[Event]] = {}
     for event in mine:
@@ -213,9 +214,7 @@ def cohorts(draw: st.DrawFn) -> tuple[list[Event], list[Label]]:
     for subject in draw(st.lists(st.integers(-3, 3), min_size=1, max_size=4, unique=True)):
         mine = draw(
             st.lists(
-                st.tuples(
-                    st.just(subject), st.none() | quarter, st.sampled_from(CODES), st.sampled_from(NUMBERS)
-                ),
+                st.tuples(st.just(subject), st.none() | quarter, st.sampled_from(CODES), st.sampled_from(NUMBERS)),
                 min_size=1,
                 max_size=25,
             )
@@ -234,7 +233,7 @@ options = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(cohorts(), options)
 def test_build_equals_the_plain_builder(cohort: tuple[list[Event], list[Label]], how: dict[str, Any]) -> None:
     """Every array equals that of the loop over patients, for event times and bins, in any row order."""
@@ -242,12 +241,12 @@ def test_build_equals_the_plain_builder(cohort: tuple[list[Event], list[Label]],
     assert_equal(make(events, labels, **how), plain(events, labels, **how))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(cohorts(), options, st.integers(-4, 4))
 def test_a_patient_never_changes_another(
     cohort: tuple[list[Event], list[Label]], how: dict[str, Any], subject: int
 ) -> None:
-    """With one patient's events and labels taken out, all other patients' arrays stay the same, bit for bit."""
+    """Without one patient's events and labels, all other patients' arrays stay the same, bit for bit."""
     events, labels = cohort
     rest = [event for event in events if event[0] != subject], [row for row in labels if row[0] != subject]
     assume(rest[1])
@@ -257,24 +256,21 @@ def test_a_patient_never_changes_another(
     assert same(others, make(*rest, **how))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(cohorts(), options)
 def test_the_future_never_matters(cohort: tuple[list[Event], list[Label]], how: dict[str, Any]) -> None:
     """Events later than a patient's last prediction change nothing."""
     events, labels = cohort
+    events = [*events, *((who, START, "UNKNOWN", None) for who in {who for who, _, _ in labels})]
     until = {subject: max(time for who, time, _ in labels if who == subject) for subject, _, _ in labels}
-    later: list[Event] = [
-        (who, time + MICROSECOND, code, 3.0) for who, time in until.items() for code in CODES
-    ]
+    later: list[Event] = [(who, time + MICROSECOND, code, 3.0) for who, time in until.items() for code in CODES]
     assert same(make(events, labels, **how), make(events + later, labels, **how))
 
 
-@pytest.mark.parametrize("block", [1, 7, 50])
-@settings(deadline=None, max_examples=50)
+@pytest.mark.parametrize("block", [1, 50])
+@settings(deadline=None, max_examples=30)
 @given(cohort=cohorts(), how=options)
-def test_size_of_blocks_never_matters(
-    block: int, cohort: tuple[list[Event], list[Label]], how: dict[str, Any]
-) -> None:
+def test_size_of_blocks_never_matters(block: int, cohort: tuple[list[Event], list[Label]], how: dict[str, Any]) -> None:
     """The number of sequences that are worked on at once is a matter of memory only."""
     whole = make(*cohort, **how)
     with pytest.MonkeyPatch.context() as patch:
@@ -317,7 +313,7 @@ def test_limits_are_inclusive_in_float32() -> None:
 
 
 def test_cut_keeps_what_was_known_before() -> None:
-    """A value last measured before the kept steps is still carried, and the first gap reaches back to the cut."""
+    """A value last measured before the kept steps is still carried; the first gap reaches over the cut."""
     events: list[Event] = [(1, hours(0), "HR", 103.0), (1, hours(6), "DX//A", None)]
     records = make(events, [(1, hours(7), True)], max_steps=1)
     hr = SCHEMA.value_codes.index("HR")
@@ -337,7 +333,7 @@ def test_cut_keeps_what_was_known_before() -> None:
     ],
 )
 def test_nothing_usable_is_one_empty_step(events: list[Event]) -> None:
-    """A patient with events but none that is usable in time is one step with nothing measured, not a refusal."""
+    """A patient with events but none usable in time is one step with nothing measured, not a refusal."""
     records = make(events, [(1, hours(2), True)])
     assert records.n_steps == 1
     assert not records.measured.any()
@@ -349,21 +345,19 @@ def test_nothing_usable_is_one_empty_step(events: list[Event]) -> None:
 def test_schema_without_values_or_without_codes() -> None:
     """A schema of codes alone and a schema of values alone both work."""
     events: list[Event] = [(1, hours(0), "HR", 85.0), (1, hours(1), "DX//A", None)]
-    for empty in ({"values": {}}, {"codes": ()}):
-        schema = SCHEMA.model_copy(update=empty)
-        records = build(
-            events_frame(events), labels_frame([(1, hours(2), True)]), schema, max_steps=3, bin_hours=None
-        )
+    for group, nothing in (("values", {}), ("codes", ())):
+        schema = SCHEMA.model_copy(update={group: nothing})
+        records = build(events_frame(events), labels_frame([(1, hours(2), True)]), schema, max_steps=3, bin_hours=None)
         assert records.n_steps == 1
         assert records.values.shape == (1, schema.n_values)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(cohorts(), options, st.lists(st.integers(0, 3), max_size=6))
 def test_select_equals_building_from_the_selected(
     cohort: tuple[list[Event], list[Label]], how: dict[str, Any], chosen: list[int]
 ) -> None:
-    """Selecting patients gives what building from their records alone gives, in ascending order, each once."""
+    """Selecting patients gives what building from their records gives, in ascending order, each once."""
     events, labels = cohort
     everyone = make(events, labels, **how)
     chosen = [index for index in chosen if index < everyone.n_patients]
@@ -424,9 +418,7 @@ TWO: list[Event] = [(1, hours(0), "HR", 80.0), (2, hours(0), "HR", 80.0)]
         ),
     ],
 )
-def test_untrainable_records_are_refused_before_enrolment(
-    events: list[Event], labels: list[Label], word: str
-) -> None:
+def test_untrainable_records_are_refused_before_enrolment(events: list[Event], labels: list[Label], word: str) -> None:
     """Records that build but could not train anything are refused by the check, and only there."""
     records = make(events, labels)
     with pytest.raises(DataError, match=word):
@@ -453,7 +445,7 @@ def test_trainable_records_pass_and_nobody_does_not() -> None:
 )
 def test_impossible_options_are_refused(how: dict[str, Any]) -> None:
     """No step at all, or a bin without width, is a fault of the configuration."""
-    with pytest.raises(ConfigurationError, match="max_steps|bin_hours"):
+    with pytest.raises(ConfigurationError, match=r"max_steps|bin_hours"):
         make(TWO, [(1, hours(1), True)], **how)
 
 
@@ -468,7 +460,7 @@ def test_impossible_options_are_refused(how: dict[str, Any]) -> None:
     ],
 )
 def test_labels_that_do_not_fit_the_events_are_refused(labels: list[Label], words: list[str]) -> None:
-    """A label row without any event of its patient, or before the first one, names the count and the remedy."""
+    """A label row without any event of its patient, or before the first one, is refused with the count."""
     with pytest.raises(DataError) as caught:
         make(TWO, labels, label_source="task.parquet")
     for word in ["task.parquet", "remove the rows", *words]:

@@ -1,20 +1,20 @@
 """What every recurrent cell shares: one layer, in one direction, on its way over one packed batch.
 
 A cell owns the buffers of one pass and knows three things: its gates' equations (`advance`), their derivatives
-(`retreat`), and the order of its gate columns. The schedule stands here, once, for all cells: both passes go block
-by block (`FLOATS_PER_BLOCK` numbers of gates), so that a block stays in the processor's second-level cache between
-its input projection, its time steps and its derivatives. Measured on 256 sequences of 100 steps, hidden size 128,
-that saves a quarter of the time; on small batches it changes nothing.
+(`retreat`), and the order of its gate columns. The schedule stands here, once, for all cells: both passes go
+block by block (`FLOATS_PER_BLOCK` numbers of gates), so that a block stays in the processor's second-level cache
+between its input projection, its time steps and its derivatives. Measured on 256 sequences of 100 steps, hidden
+size 128, that saves a quarter of the time; on small batches it changes nothing.
 
-Time steps are views into buffers that exist already, made by one `split` per block: the alternative, indexing inside
-the loop, costs as much as the arithmetic of a small batch. Within a step the hidden product is added in place, so
-each step is one matrix product and a few element-wise operations.
+Time steps are views into buffers that exist already, made by one `split` per block: the alternative, indexing
+inside the loop, costs as much as the arithmetic of a small batch. Within a step the hidden product is added in
+place, so each step is one matrix product and a few element-wise operations.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -92,14 +92,15 @@ class Cell(ABC):
             grad_x: [N, D] receives dL/dx if wanted.
         """
         most = max((block.rows.stop - block.rows.start for block in self.blocks), default=0)
-        slopes = out.new_empty(most, out.shape[1])
-        self.carried = grad_states.new_zeros(self.layout.sequences, self.hidden_size)  # sent back by the later step
+        scratch = out.new_empty(most, out.shape[1])
+        self.carried = grad_states.new_zeros(self.layout.sequences, self.hidden_size)  # from the later step
         self.running = 0  # rows of the later step
         self._total = torch.empty_like(self.carried)
         for block in reversed(self.blocks):
-            self.retreat(block, slopes[: block.rows.stop - block.rows.start], out[block.rows], grad_states[block.rows])
+            A = out[block.rows]
+            self.retreat(block, scratch[: len(A)], A, grad_states[block.rows])
             if grad_x is not None:
-                torch.mm(self.columns(out[block.rows], self.INPUT), self.w_ih, out=grad_x[block.rows])
+                torch.mm(self.columns(A, self.INPUT), self.w_ih, out=grad_x[block.rows])
         return self.carried
 
     def arriving(self, own: Tensor) -> Tensor:
@@ -124,11 +125,11 @@ class Cell(ABC):
         """Runs the time steps of a block: gates (holding their input share) and states are filled in."""
 
     @abstractmethod
-    def retreat(self, block: Block, slopes: Tensor, out: Tensor, grad: Tensor) -> None:
+    def retreat(self, block: Block, slopes: Tensor, A: Tensor, grad: Tensor) -> None:
         """Runs the time steps of a block backwards.
 
-        `slopes` is scratch of the block's gates; `out` receives the gate gradients; `grad` [rows, H] is dL/dh.
-        `out` may be the memory of the gates: a step reads its own gates before it writes its gradients.
+        `slopes` [rows, gates x H] is scratch; `A` receives the gate gradients; `grad` [rows, H] is dL/dh.
+        `A` may be the memory of the gates: a step reads its own gates before it writes its gradients.
         """
 
     # Views
@@ -136,6 +137,10 @@ class Cell(ABC):
     def columns(self, rows: Tensor, units: tuple[int, int]) -> Tensor:
         """Gate columns first to last (in units of H) of [N, gates x H]."""
         return rows[:, units[0] * self.hidden_size : units[1] * self.hidden_size]
+
+    def steps(self, block: Block, first: int, last: int) -> tuple[Tensor, ...]:
+        """For each step of the block, its rows of the gate columns first to last (in units of H)."""
+        return torch.split(self.columns(self.gates[block.rows], (first, last)), block.sizes)
 
     def history(self, initial: Tensor) -> Tensor:
         """[B + N, H]: a row for each initial state and for the state after each packed row."""
@@ -153,3 +158,8 @@ class Cell(ABC):
         if self.layout.uniform:
             return history[rows]
         return history.index_select(0, self.layout.previous[rows])
+
+
+def backwards(block: Block, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Step by step from the block's last to its first: the rows of each tensor."""
+    return zip(*(torch.split(tensor, block.sizes)[::-1] for tensor in tensors), strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.models.cells.cell import Cell, reorder
+from common.models.cells.cell import Cell, backwards, reorder
 from common.models.layout import Block
 
 
@@ -18,8 +18,8 @@ class GRUCell(Cell):
         n  = tanh(W_in x + b_in + r hn)
         h' = (1 - z) n + z h
 
-    Gate columns are n r z | hn: the first three belong to w_ih, the last three to w_hh, so that both gradients
-    share one buffer and the columns r z are multiplied once where norms need them twice.
+    Gate columns are n r z | hn: the first three belong to w_ih, the last three to w_hh, so that both
+    gradients share one buffer and the columns r z are multiplied once where norms need them twice.
     """
 
     GATES = 4
@@ -29,6 +29,7 @@ class GRUCell(Cell):
     TORCH_HIDDEN = (0, 1, 2)  # r z hn is torch's order already
 
     def prepare(self, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> None:
+        """The hidden bias of r and z joins the input's; that of hn cannot, it is multiplied by r."""
         del c0  # a GRU has no cell state
         H = self.hidden_size
         self.w_ih = reorder(w_ih, (2, 0, 1))
@@ -37,21 +38,17 @@ class GRUCell(Cell):
         self.b_hn = b_hh[2 * H :]
 
     def advance(self, block: Block) -> None:
-        gates = self.gates[block.rows]
-        self.columns(gates, (3, 4))[:] = self.b_hn
-
-        def steps(first: int, last: int) -> tuple[Tensor, ...]:
-            return self.columns(gates, (first, last)).split(block.sizes)
-
+        """The equations above, each gate already holding its input share."""
+        self.columns(self.gates[block.rows], (3, 4))[:] = self.b_hn
         h = self.states[self.layout.before(block.steps.start)]
         for n, r, z, hn, rz, hidden, new_h in zip(
-            steps(0, 1),
-            steps(1, 2),
-            steps(2, 3),
-            steps(3, 4),
-            steps(1, 3),
-            steps(1, 4),
-            self.after(self.states, block).split(block.sizes),
+            self.steps(block, 0, 1),
+            self.steps(block, 1, 2),
+            self.steps(block, 2, 3),
+            self.steps(block, 3, 4),
+            self.steps(block, 1, 3),
+            self.steps(block, 1, 4),
+            torch.split(self.after(self.states, block), block.sizes),
             strict=True,
         ):
             h = h[: len(n)]  # sequences that still run
@@ -60,29 +57,26 @@ class GRUCell(Cell):
             n.addcmul_(r, hn).tanh_()
             h = torch.lerp(n, h, z, out=new_h)
 
-    def retreat(self, block: Block, slopes: Tensor, out: Tensor, grad: Tensor) -> None:
-        # dh'/dn = (1 - z)(1 - n^2), dh'/dz = (h - n) z (1 - z), and through n: dn/dhn = r, dn/dr = hn r (1 - r)
+    def retreat(self, block: Block, slopes: Tensor, A: Tensor, grad: Tensor) -> None:
+        """With d = dL/dh' and a the argument of each nonlinearity.
+
+        da_n = d (1 - z) (1 - n^2),  dhn = da_n r,  da_r = da_n hn r (1 - r),  da_z = d (h - n) z (1 - z),
+        dh   = d z + W_h' (da_r, da_z, dhn)
+        """
         H = self.hidden_size
-        n, r, z, hn = self.gates[block.rows].split(H, dim=1)
-        to_n, to_r, to_z, to_hn = slopes.split(H, dim=1)
-        h, not_z = self.preceding(self.states, block.rows), 1 - z
+        h = self.preceding(self.states, block.rows)
+        n, r, z, hn = torch.split(self.gates[block.rows], H, dim=1)
+        to_n, to_r, to_z, to_hn = torch.split(slopes, H, dim=1)
+        not_z = 1 - z
         torch.addcmul(not_z, not_z, n * n, value=-1, out=to_n)
         torch.mul(to_n, r, out=to_hn)
         torch.sub(1, r, out=to_r).mul_(to_hn).mul_(hn)
         torch.sub(h, n, out=to_z).mul_(z).mul_(not_z)
 
-        def back(tensor: Tensor) -> tuple[Tensor, ...]:
-            return tensor.split(block.sizes)[::-1]
-
-        for own, slope, A, A_hidden, z_t in zip(
-            back(grad),
-            back(slopes.view(-1, 4, H)),
-            back(out.view(-1, 4, H)),
-            back(self.columns(out, self.HIDDEN)),
-            back(z),
-            strict=True,
+        for own, slope, all_gates, hidden, z_t in backwards(
+            block, grad, slopes.view(-1, 4, H), A.view(-1, 4, H), self.columns(A, self.HIDDEN), z
         ):
             d = self.arriving(own)
-            to_h = torch.mul(d, z_t, out=self.carried[: len(d)])
-            torch.mul(slope, d[:, None], out=A)
-            to_h.addmm_(A_hidden, self.w_hh)
+            dh = torch.mul(d, z_t, out=self.carried[: len(d)])
+            torch.mul(slope, d[:, None], out=all_gates)
+            dh.addmm_(hidden, self.w_hh)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.models.cells.cell import Cell
+from common.models.cells.cell import Cell, backwards
 from common.models.layout import Block
 
 
@@ -24,26 +24,27 @@ class TanhCell(Cell):
         torch.mul(h, h, out=out).neg_().add_(1)
 
     def prepare(self, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> None:
+        """Both biases add up."""
         del c0  # a plain network has no cell state
         self.w_ih, self.w_hh, self.bias = w_ih, w_hh, b_ih + b_hh
 
     def advance(self, block: Block) -> None:
+        """The equation above, the gate already holding its input share."""
         h = self.states[self.layout.before(block.steps.start)]
         for a, new_h in zip(
-            self.gates[block.rows].split(block.sizes),
-            self.after(self.states, block).split(block.sizes),
-            strict=True,
+            self.steps(block, 0, 1), torch.split(self.after(self.states, block), block.sizes), strict=True
         ):
             h = h[: len(a)]  # sequences that still run
             a.addmm_(h, self.w_hh_t)
             h = self.activate(a, out=new_h)
 
-    def retreat(self, block: Block, slopes: Tensor, out: Tensor, grad: Tensor) -> None:
+    def retreat(self, block: Block, slopes: Tensor, A: Tensor, grad: Tensor) -> None:
+        """With d = dL/dh': da = d (1 - h'^2), or d where h' > 0; dh = W_hh' da."""
         self.slope(self.after(self.states, block), out=slopes)
-        for own, slope, A in zip(*(t.split(block.sizes)[::-1] for t in (grad, slopes, out)), strict=True):
+        for own, slope, A_t in backwards(block, grad, slopes, A):
             d = self.arriving(own)
-            torch.mul(slope, d, out=A)
-            torch.mm(A, self.w_hh, out=self.carried[: len(d)])
+            torch.mul(slope, d, out=A_t)
+            torch.mm(A_t, self.w_hh, out=self.carried[: len(d)])
 
 
 class ReLUCell(TanhCell):

@@ -1,0 +1,177 @@
+"""RNN, GRU and LSTM that can be trained with privacy per patient.
+
+Subclasses of torch.nn's layers: the same constructor, parameters (names, order and shapes, so state dicts load both
+ways), inputs and outputs. Training passes run on `recurrence.run`, which keeps the gate gradients that the private
+step needs; evaluation, and anything under `torch.no_grad()`, runs torch's own kernels. Opacus replaces these layers
+by a Python loop of linear layers instead, with other parameter names and orders and a different dropout.
+
+Differences from torch.nn: a batch of zero sequences is a batch like any other (Poisson sampling draws one), and
+`proj_size` is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from common.models.layout import Layout
+from common.models.recurrence import Tape, run
+
+State = Tensor | tuple[Tensor, Tensor]
+
+# (layer, layout, sorted_indices of the packed batch) -> what makes a Tape for each weight suffix, such as "_l0".
+Recorder = Callable[["Recurrent", Layout, Tensor | None], Callable[[str], Tape] | None]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Any input of a recurrent layer as packed rows, with the way back."""
+
+    x: Tensor  # [N, D]
+    layout: Layout
+    sorted_indices: Tensor | None  # caller's order -> sorted order
+    unsorted_indices: Tensor | None
+
+    def sort(self, states: Tensor) -> Tensor:
+        """[.., B, H] from the caller's order."""
+        return states if self.sorted_indices is None else states.index_select(1, self.sorted_indices)
+
+    def unsort(self, states: Tensor) -> Tensor:
+        """[.., B, H] into the caller's order."""
+        return states if self.unsorted_indices is None else states.index_select(1, self.unsorted_indices)
+
+
+class Recurrent(nn.RNNBase):
+    """What RNN, GRU and LSTM share. Shapes, options and defaults: see the torch.nn class of the same name.
+
+    Attributes:
+        recorder: set by `BookKeepingHooks` while the layer is trained privately, else None.
+
+    Raises:
+        ValueError: `proj_size` is set.
+    """
+
+    recorder: Recorder | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.proj_size:
+            raise ValueError(f"proj_size={self.proj_size}: projections are not supported; leave it at 0")
+
+    def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> Any:  # noqa: A002 (torch's name)
+        """As torch.nn's layer: (outputs, h_n) or (outputs, (h_n, c_n)), outputs of the same kind as `input`."""
+        rows = input.data if isinstance(input, PackedSequence) else input
+        if rows.numel() and not (self.training and torch.is_grad_enabled()):
+            return super().forward(input, hx)
+        batch = self._packed(input)
+        h0, c0 = self._initial_states(batch, hx, unbatched=_is_unbatched(input))
+        outputs, h_n, c_n = self._run(batch, h0, c0)
+        h_n = batch.unsort(h_n)
+        c_n = None if c_n is None else batch.unsort(c_n)
+        return self._as_given(input, batch, outputs, h_n, c_n)
+
+    def _run(self, batch: _Batch, h0: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Layer after layer: outputs [N, directions x H], last states and cell states [layers x directions, B, H]."""
+        layout, x = batch.layout, batch.x
+        tapes = self.recorder(self, layout, batch.sorted_indices) if self.recorder is not None else None
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        h_n: list[Tensor] = []
+        c_n: list[Tensor] = []
+        for layer in range(self.num_layers):
+            outputs = []
+            for direction in directions:
+                suffix, strand = f"_l{layer}{direction}", len(h_n)
+                states, memory = run(
+                    self.mode,
+                    layout,
+                    tapes(suffix) if tapes is not None else None,
+                    x.index_select(0, layout.reverse) if direction else x,
+                    h0[strand],
+                    None if c0 is None else c0[strand],
+                    self._weights(suffix),
+                )
+                h_n.append(states.index_select(0, layout.last) if layout.rows else h0[strand])
+                if memory is not None:
+                    c_n.append(memory)
+                outputs.append(states.index_select(0, layout.reverse) if direction else states)
+            x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+            if self.dropout and self.training and layer < self.num_layers - 1:
+                x = nn.functional.dropout(x, self.dropout)
+        return x, torch.stack(h_n), torch.stack(c_n) if c_n else None
+
+    def _weights(self, suffix: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """weight_ih, weight_hh, bias_ih, bias_hh of one layer and direction; zeros for a layer without bias."""
+        w_ih: Tensor = getattr(self, f"weight_ih{suffix}")
+        w_hh: Tensor = getattr(self, f"weight_hh{suffix}")
+        if not self.bias:
+            return w_ih, w_hh, (zeros := w_ih.new_zeros(len(w_ih))), zeros
+        return w_ih, w_hh, getattr(self, f"bias_ih{suffix}"), getattr(self, f"bias_hh{suffix}")
+
+    def _packed(self, given: Tensor | PackedSequence) -> _Batch:
+        if isinstance(given, PackedSequence):
+            self.check_input(given.data, given.batch_sizes)
+            layout = Layout(given.batch_sizes.tolist(), given.data.device)
+            return _Batch(given.data, layout, given.sorted_indices, given.unsorted_indices)
+        if given.dim() not in (2, 3):
+            raise ValueError(f"{self._get_name()}: input has {given.dim()} dimensions; give 2 (unbatched) or 3")
+        padded = given.unsqueeze(1) if _is_unbatched(given) else given.transpose(0, 1) if self.batch_first else given
+        self.check_input(padded, None)
+        steps, sequences, features = padded.shape
+        return _Batch(padded.reshape(-1, features), Layout([sequences] * steps, given.device), None, None)
+
+    def _initial_states(self, batch: _Batch, hx: State | None, *, unbatched: bool) -> tuple[Tensor, Tensor | None]:
+        """h0 and c0 [layers x directions, B, H] in sorted order; zeros if not given."""
+        shape = (self.num_layers * (2 if self.bidirectional else 1), batch.layout.sequences, self.hidden_size)
+        if hx is None:
+            zeros = batch.x.new_zeros(()).expand(shape)
+            return zeros, zeros if self.mode == "LSTM" else None
+        h0, c0 = hx if isinstance(hx, tuple) else (hx, None)
+        if (c0 is not None) != (self.mode == "LSTM"):
+            raise ValueError(f"{self._get_name()}: initial states must be {'(h0, c0)' if c0 is None else 'one tensor'}")
+        states = [s.unsqueeze(1) if unbatched else s for s in (h0, c0) if s is not None]
+        for state in states:
+            if state.shape != shape:
+                raise ValueError(f"{self._get_name()}: initial states of shape {tuple(state.shape)}; give {shape}")
+        h0, c0 = batch.sort(states[0]), batch.sort(states[1]) if len(states) == 2 else None
+        return h0, c0
+
+    def _as_given(
+        self, given: Tensor | PackedSequence, batch: _Batch, x: Tensor, h_n: Tensor, c_n: Tensor | None
+    ) -> tuple[Tensor | PackedSequence, State]:
+        """Outputs in the form of the input."""
+        if isinstance(given, PackedSequence):
+            outputs: Tensor | PackedSequence = PackedSequence(
+                x, given.batch_sizes, batch.sorted_indices, batch.unsorted_indices
+            )
+        else:
+            outputs = x.view(batch.layout.steps, batch.layout.sequences, x.shape[1])
+            if _is_unbatched(given):
+                outputs, h_n, c_n = (
+                    outputs.squeeze(1),
+                    h_n.squeeze(1),
+                    None if c_n is None else c_n.squeeze(1),
+                )
+            elif self.batch_first:
+                outputs = outputs.transpose(0, 1)
+        return outputs, h_n if c_n is None else (h_n, c_n)
+
+
+def _is_unbatched(given: Tensor | PackedSequence) -> bool:
+    return isinstance(given, Tensor) and given.dim() == 2
+
+
+class RNN(Recurrent, nn.RNN):
+    """torch.nn.RNN for private training."""
+
+
+class GRU(Recurrent, nn.GRU):
+    """torch.nn.GRU for private training."""
+
+
+class LSTM(Recurrent, nn.LSTM):
+    """torch.nn.LSTM for private training."""

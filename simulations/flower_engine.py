@@ -1,0 +1,96 @@
+"""The same study through Flower's own simulation engine (extra `ray`): for many machines, and as a cross-check.
+
+The default grid (simulations/local_grid.py) needs no start-up and no Ray; this one runs the same Strategy and the
+same ClientApp as Ray tasks. Flower deals a virtual node to any of its actors, so what a site must remember, its
+ledger, travels in the node's Context. Node ids are random per call: the server asks each node for its site's name
+before the first round, which a deployment never does (there, names come from keys).
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from client.app import build_app
+from client.site import Site
+from common.models.network import build_network
+from common.records import Weights
+from common.training import state_of
+from server.rounds import run
+from server.strategy import FederatedAveraging
+from simulations.hospitals import Hospitals
+
+_opened: dict[str, Site] = {}  # per actor process: reading records again each round would cost more than training
+
+
+def run_on_flower(hospitals: Hospitals, *, backend: dict[str, Any] | None = None) -> Weights:
+    """Run the study on Flower's simulation engine and return the final weights.
+
+    Args:
+        hospitals: as for `simulations.experiment.simulate`; equal seeds give equal weights on either engine.
+        backend: Flower's `backend_config`; default one CPU per virtual site.
+
+    Raises:
+        ImportError: the extra `ray` is not installed.
+    """
+    from flwr.simulation import run_simulation
+
+    names = sorted(hospitals.study.sites)
+    found: list[Weights] = []
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        del context
+        roster = _ask_names(grid, len(names))
+        start = state_of(build_network(hospitals.study, hospitals.seed))
+        strategy = FederatedAveraging(hospitals.study, start, lambda: roster)
+        found.append(run(grid, strategy, rounds=hospitals.study.training.rounds))
+
+    run_simulation(
+        server_app=server,
+        client_app=_client_app(hospitals, names),
+        num_supernodes=len(names),
+        backend_config=backend or {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+    )
+    return found[0]
+
+
+def _client_app(hospitals: Hospitals, names: list[str]) -> ClientApp:
+    app = ClientApp()
+
+    def name_of(context: Context) -> str:
+        return names[int(context.node_config["partition-id"])]
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"site": ConfigRecord({"name": name_of(context)})}), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        name = name_of(context)
+        if name not in _opened:
+            _opened[name] = hospitals.open(name)
+        site = _opened[name]
+        if "ledger" in context.state:
+            stored = context.state["ledger"]["bytes"]
+            assert isinstance(stored, bytes)
+            site.ledger = pickle.loads(stored)  # noqa: S301 (written below, never leaves this machine)
+        reply = build_app(lambda _context: site)(message=message, context=context)
+        context.state["ledger"] = ConfigRecord({"bytes": pickle.dumps(site.ledger)})
+        return reply
+
+    return app
+
+
+def _ask_names(grid: Grid, count: int) -> dict[int, str]:
+    """Node id -> site name, once all `count` virtual nodes have answered."""
+    nodes = list(grid.get_node_ids())
+    assert len(nodes) == count, "Flower registers all virtual nodes before the server starts"
+    messages = [Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY) for node in nodes]
+    replies = grid.send_and_receive(messages)
+    return {r.metadata.src_node_id: str(r.content["site"]["name"]) for r in replies}
