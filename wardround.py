@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 ROOMS = {
@@ -14,6 +15,9 @@ def main() -> None:
     """Entry point of `wardround`: `wardround ROOM COMMAND ...`. Errors of ours are one line, exit status 2."""
     from common.errors import WardroundError
 
+    # Before the first import of flwr, in every command: nothing reaches outside the configured server.
+    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+    os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
     arguments = sys.argv[1:]
     if not arguments or arguments[0] not in ROOMS:
         wants_help = not arguments or arguments[0] in ("-h", "--help")

@@ -1,0 +1,3 @@
+"""One hospital."""
+
+import common as _common  # noqa: F401 (before Flower: nothing reaches outside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from flwr.app import Context, Message
@@ -12,21 +13,32 @@ from common.errors import WireError
 from common.provenance import code_digest
 from common.records import Reply, Status, Terms, reply_to_content, request_from_message
 
+log = logging.getLogger("wardround.app")
 
-def build_app(site_of: Callable[[Context], Site]) -> ClientApp:
+SiteOf = Callable[[Context], Site]
+
+
+def build_app(site_of: SiteOf) -> ClientApp:
     """A ClientApp that answers TRAIN messages with the site that `site_of` finds for the context.
 
-    Every message is answered with content; no exception of ours, hence no text, reaches Flower.
+    Every TRAIN message is answered with content; no exception of ours, hence no text, reaches Flower.
     """
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        try:
-            request = request_from_message(message)
-        except WireError:
-            refusal = Reply(Terms("", code_digest(), 0), Status.MALFORMED)
-            return Message(reply_to_content(refusal), reply_to=message)
-        return Message(reply_to_content(site_of(context).train(request)), reply_to=message)
+        return Message(reply_to_content(_answer(site_of, message, context)), reply_to=message)
 
     return app
+
+
+def _answer(site_of: SiteOf, message: Message, context: Context) -> Reply:
+    try:
+        request = request_from_message(message)
+    except WireError:
+        return Reply(Terms("", code_digest(), 0), Status.MALFORMED)
+    try:
+        return site_of(context).train(request)
+    except Exception as error:  # opening a site reads records, and Flower would send the exception's text on
+        log.error("the site could not be opened: %s", type(error).__name__)
+        return Reply(Terms("", code_digest(), request.terms.round_number), Status.LOCAL_FAILURE)

@@ -136,10 +136,12 @@ class Dataset:
         A single patient with more rows is a batch of its own. Nothing is yielded for no patients.
         """
         by_rows = patients[np.argsort(-self._rows_of_patient[patients], kind="stable")]
-        piece = (np.cumsum(self._rows_of_patient[by_rows]) - 1) // max_rows
-        for cut in np.split(by_rows, np.flatnonzero(np.diff(piece)) + 1):
-            if len(cut):
-                yield self.batch(cut)
+        rows_up_to = np.cumsum(self._rows_of_patient[by_rows])
+        start, taken = 0, 0.0
+        while start < len(by_rows):
+            end = max(start + 1, int(np.searchsorted(rows_up_to, taken + max_rows, side="right")))
+            yield self.batch(by_rows[start:end])
+            start, taken = end, rows_up_to[end - 1]
 
 
 def _ranges(start: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -61,7 +61,6 @@ def auroc(label: npt.ArrayLike, score: npt.ArrayLike, weight: npt.ArrayLike | No
         DataError: labels of one class, non-finite scores, or arrays that do not fit together.
 
     Source: Hanley and McNeil, Radiology 143 (1982): the Mann-Whitney form.
-
     """
     positive, negative = _by_distinct_score(*_checked(label, score, weight), name="AUROC")
     below = np.cumsum(negative) - negative
@@ -88,16 +87,13 @@ def brier(label: npt.ArrayLike, probability: npt.ArrayLike, weight: npt.ArrayLik
 
     Raises:
         DataError: probabilities outside [0, 1], or arrays that do not fit together.
-
     """
     label, probability, weight = _checked(label, probability, weight)
     _check_probability(probability)
     return float(weight @ (label - probability) ** 2 / weight.sum())
 
 
-def calibration(
-    label: npt.ArrayLike, probability: npt.ArrayLike, weight: npt.ArrayLike | None = None
-) -> Calibration:
+def calibration(label: npt.ArrayLike, probability: npt.ArrayLike, weight: npt.ArrayLike | None = None) -> Calibration:
     """Slope and intercept of the logistic recalibration, both free (Cox, Biometrika 45, 1958).
 
     Slope < 1: the risks are too extreme (over-fitted); intercept < 0 at slope 1: they are too high.
@@ -113,20 +109,15 @@ def calibration(
         DataError: labels of one class, one distinct probability, labels that the probability separates
             without error (the slope has no bound), probabilities outside [0, 1], or arrays that do not fit
             together.
-
     """
     label, probability, weight = _checked(label, probability, weight)
     logit = _logit(probability)
     _check_both_classes(label, weight, "calibration slope")
     counted = logit[weight > 0]
     if counted.max() == counted.min():
-        raise DataError(
-            "one distinct probability; the calibration slope needs at least two: report in_the_large"
-        )
+        raise DataError("one distinct probability; the calibration slope needs at least two: report in_the_large")
     if _separated(label[weight > 0], counted):
-        raise DataError(
-            "the probability separates the labels; the calibration slope has no bound: use more patients"
-        )
+        raise DataError("the probability separates the labels; the calibration slope has no bound: use more patients")
     center = float(weight @ logit / weight.sum())
     spread = float(np.sqrt(weight @ (logit - center) ** 2 / weight.sum()))
     design = np.stack([np.ones_like(logit), (logit - center) / spread])
@@ -135,9 +126,7 @@ def calibration(
     return Calibration(slope=slope, intercept=float(level) - slope * center)
 
 
-def in_the_large(
-    label: npt.ArrayLike, probability: npt.ArrayLike, weight: npt.ArrayLike | None = None
-) -> float:
+def in_the_large(label: npt.ArrayLike, probability: npt.ArrayLike, weight: npt.ArrayLike | None = None) -> float:
     """Calibration-in-the-large: the shift of every logit that makes the mean risk equal the prevalence.
 
     Positive: more patients have the label than was predicted. Arguments and errors as `calibration`, except
@@ -186,7 +175,6 @@ def bootstrap(
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), ch. 13 (percentile interval);
     Field and Welsh, J. R. Stat. Soc. B 69 (2007) (clusters).
-
     """
     if resamples < 1:
         raise ConfigurationError(f"resamples={resamples} must be at least 1; 1000 is customary")
@@ -227,17 +215,13 @@ def _checked(
     scores = np.asarray(score, dtype=np.float64)
     weights = np.ones_like(scores) if weight is None else np.asarray(weight, dtype=np.float64)
     if labels.ndim != 1 or labels.shape != scores.shape or labels.shape != weights.shape:
-        raise DataError(
-            "label, score and weight must be one-dimensional and equally long; pass one number per row"
-        )
+        raise DataError("label, score and weight must be one-dimensional and equally long; pass one number per row")
     if not np.all((labels == 0) | (labels == 1)):
         raise DataError("labels must be 0 or 1; map other values before scoring")
     if not np.all(np.isfinite(scores)):
         raise DataError("scores must be finite; the model produced NaN or infinity")
     if not np.all(np.isfinite(weights) & (weights >= 0)) or weights.sum() <= 0:
-        raise DataError(
-            "weights must be finite, not negative and not all zero; pass at least one row that counts"
-        )
+        raise DataError("weights must be finite, not negative and not all zero; pass at least one row that counts")
     return labels, scores, weights
 
 
@@ -276,9 +260,7 @@ def _separated(label: FloatArray, logit: FloatArray) -> bool:
     return bool(positive.min() >= negative.max() or negative.min() >= positive.max())
 
 
-def _fit_logistic(
-    design: FloatArray, label: FloatArray, weight: FloatArray, *, offset: FloatArray
-) -> FloatArray:
+def _fit_logistic(design: FloatArray, label: FloatArray, weight: FloatArray, *, offset: FloatArray) -> FloatArray:
     """Maximum likelihood of label ~ sigmoid(offset + beta @ design), design [K, N] -> beta [K].
 
     Newton steps, each at most LONGEST_STEP (on a saturated sigmoid the curvature vanishes and a full step

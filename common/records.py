@@ -91,7 +91,7 @@ def reply_from_message(message: Message) -> Reply:
     """Decode a site's answer. Raises WireError without echoing what was sent."""
     if message.has_error():
         raise WireError(f"the connection reported error code {message.error.code} instead of a reply")
-    answered = "update" in message.content
+    answered = message.has_content() and "update" in message.content
     content = _content(message, {"reply", "update"} if answered else {"reply"})
     terms, rest = _terms(content, "reply", {"status"})
     if rest["status"] not in set(Status):
@@ -107,8 +107,8 @@ def check_like(weights: Weights, expected: Weights, what: str) -> None:
     if list(weights) != sorted(expected):
         raise WireError(f"{what}: names of arrays differ from the study's network")
     for name, array in weights.items():
-        if array.shape != expected[name].shape:
-            raise WireError(f"{what}: `{name}` has shape {array.shape}, expected {expected[name].shape}")
+        if (array.shape, array.dtype) != (expected[name].shape, expected[name].dtype):
+            raise WireError(f"{what}: `{name}` differs from {expected[name].dtype} of shape {expected[name].shape}")
         if not np.isfinite(array).all():
             raise WireError(f"{what}: `{name}` has non-finite values")
 
@@ -161,9 +161,9 @@ def _weights(content: RecordDict, key: str) -> Weights:
             raise WireError(f"`{key}` must hold numpy arrays")
         try:
             array = record[name].numpy()
-        except (ValueError, EOFError, OSError) as error:  # np.load refuses pickles and garbage
+        except Exception as error:  # np.load refuses pickles, and raises anything on garbage: TokenError, MemoryError
             raise WireError(f"`{key}` holds an array that cannot be read ({type(error).__name__})") from None
-        if array.dtype != np.float32:
+        if not isinstance(array, np.ndarray) or array.dtype != np.float32:  # a zip file is read as something else
             raise WireError(f"`{key}` must hold float32 arrays")
         out[name] = array
     return out

@@ -92,9 +92,11 @@ class SiteTerms(Terms):
 
 
 class Simulation(Terms):
-    """Where virtual hospitals take their records: a synthetic preset, or a folder with a MEDS directory per site."""
+    """Where virtual hospitals take their records: a synthetic preset (its site sizes times
+    `cohort_scale`), or a folder with a MEDS directory per site."""
 
     cohort: str | None = None
+    cohort_scale: float = Field(default=1.0, gt=0, le=100)
     data: str | None = None
     train: tuple[Literal["train", "tuning"], ...] = ("train",)
     seed: int = Field(default=0, ge=0, lt=2**63)

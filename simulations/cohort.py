@@ -95,7 +95,6 @@ class SiteRecords:
         event_time: [E] datetime64[us], ascending within a subject; NaT first, for facts without a time.
         event_code: [E] int16, index into CODES.
         event_value: [E] float32, NaN where the code carries no number.
-
     """
 
     subject_id: npt.NDArray[np.int64]
@@ -130,14 +129,11 @@ def generate_site(
 
     Raises:
         ConfigurationError: a seed, index, scale or ratio out of range.
-
     """
     if not 0 <= seed < 2**63 or not 0 <= index < 2**31:
         raise ConfigurationError(f"seed={seed}, index={index}: must be at least 0 and below 2**63 and 2**31")
     if not 0 < scale < np.inf or not 0 <= held_out_ratio < np.inf:
-        raise ConfigurationError(
-            f"scale={scale} must be above 0 and held_out_ratio={held_out_ratio} 0 or more"
-        )
+        raise ConfigurationError(f"scale={scale} must be above 0 and held_out_ratio={held_out_ratio} 0 or more")
     training = max(1, round(recipe.patients * scale))
     sizes = (training, round(training * held_out_ratio))
     if max(sizes) > SUBJECTS_PER_SPLIT:
@@ -166,7 +162,6 @@ def best_possible(probability: npt.ArrayLike) -> float:
 
     Raises:
         DataError: fewer than two patients, or probabilities outside [0, 1] or that make one class certain.
-
     """
     p = np.asarray(probability, dtype=np.float64)
     if p.size < 2:
@@ -186,7 +181,6 @@ def write_cohort(preset: Preset, seed: int, out: Path, *, scale: float = 1.0) ->
 
     Raises:
         ConfigurationError: `out` holds something already or cannot be written; seed or scale out of range.
-
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigurationError(f"{out}: exists and is not an empty folder; name another or remove it")
@@ -194,9 +188,7 @@ def write_cohort(preset: Preset, seed: int, out: Path, *, scale: float = 1.0) ->
         out.parent.mkdir(parents=True, exist_ok=True)
         workshop = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
-        raise ConfigurationError(
-            f"{out}: cannot be written ({error.strerror}); name another folder"
-        ) from None
+        raise ConfigurationError(f"{out}: cannot be written ({error.strerror}); name another folder") from None
     try:
         cohort = workshop / "cohort"  # mkdtemp's own folder is closed to others, this one is as umask says
         for index, recipe in enumerate(preset.sites):
@@ -208,9 +200,7 @@ def write_cohort(preset: Preset, seed: int, out: Path, *, scale: float = 1.0) ->
             out.rmdir()
         cohort.rename(out)
     except OSError as error:
-        raise ConfigurationError(
-            f"{out}: cannot be written ({error.strerror}); name another folder"
-        ) from None
+        raise ConfigurationError(f"{out}: cannot be written ({error.strerror}); name another folder") from None
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
     return [out / recipe.name for recipe in preset.sites]
@@ -221,7 +211,6 @@ def read_truth(site: Path) -> pl.DataFrame:
 
     Raises:
         DataError: the folder has no truth, as no real hospital has.
-
     """
     path = site / TRUTH
     if not path.is_file():
@@ -299,9 +288,7 @@ def _write_site(folder: Path, site: SiteRecords, *, title: str, seed: int) -> No
         "etl_version": str(VERSION),
         "meds_version": version("meds"),
     }
-    (folder / dataset_metadata_filepath).write_text(
-        json.dumps(description, indent=2) + "\n", encoding="utf-8"
-    )
+    (folder / dataset_metadata_filepath).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def _description(code: str) -> str:

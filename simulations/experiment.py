@@ -6,6 +6,7 @@ flows back into training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from common.metrics import Interval, auroc, bootstrap
 from common.models.network import build_network
 from common.privacy.accounting import epsilon_of
 from common.records import Weights
-from common.sequences import Sequences, check_trainable
+from common.sequences import Sequences
 from common.study import Study
 from common.training import load_state, predict, state_of
 from server.rounds import RoundRecord, run
@@ -75,7 +76,11 @@ class Result:
 
 
 class HeldOut:
-    """The held-out patients of all sites, ready to be scored again and again."""
+    """The held-out patients of all sites, ready to be scored again and again.
+
+    `patient`, `label` and `site` have one entry per sequence, sites one after another; `truth` is the exact
+    probability of every sequence of a synthetic site, else None.
+    """
 
     def __init__(self, hospitals: Hospitals) -> None:
         self.datasets = {site: hospitals.dataset(site, (HELD_OUT,)) for site in hospitals.study.sites}
@@ -84,6 +89,9 @@ class HeldOut:
         self.patient = np.concatenate([part.patient + start for part, start in zip(parts, offset, strict=False)])
         self.label = np.concatenate([part.label for part in parts])
         self.site = np.repeat(list(self.datasets), [part.n_sequences for part in parts])
+        if len(np.unique(self.label)) < 2:
+            raise DataError("the held-out patients of all sites have labels of one class only; AUROC needs both")
+        self.truth = {site: _truth(hospitals.directories[site], d.sequences) for site, d in self.datasets.items()}
 
     def probabilities(self, network: nn.Module) -> NDArray[np.float64]:
         """Predicted probability of every held-out sequence, sites one after another."""
@@ -133,37 +141,19 @@ def simulate(
         load_state(network, result.weights)
         probability = held_out.probabilities(network)
     result.predictions = predictions_table(held_out, probability)
-    result.scores = score_sites(hospitals, held_out, probability, resamples)
+    result.scores = score_sites(study, held_out, probability, resamples)
     return result
 
 
-def check_records(hospitals: Hospitals) -> None:
-    """Read every site's training records once and refuse what cannot be trained on, naming the site."""
-    for site in hospitals.study.sites:
-        splits = hospitals.study.simulation.train
-        check_trainable(hospitals.sequences(site, splits), f"site {site}, {' + '.join(splits)}")
-
-
-def score_sites(
-    hospitals: Hospitals, held_out: HeldOut, probability: NDArray[np.float64], resamples: int
-) -> list[SiteScore]:
+def score_sites(study: Study, held_out: HeldOut, probability: NDArray[np.float64], resamples: int) -> list[SiteScore]:
     """The final table: one line per site, then all held-out patients pooled. Intervals: patient bootstrap."""
-    study = hospitals.study
     epsilon = epsilon_of(study.plan())
-    truth = {site: _truth(hospitals.directories[site], held_out.datasets[site].sequences) for site in study.sites}
     rows = []
-    for site in (*study.sites, POOLED):
+    for site in (*held_out.datasets, POOLED):
         mine = held_out.site == site if site != POOLED else np.ones(len(held_out.site), bool)
-        known = truth.values() if site == POOLED else [truth[site]]
+        known = held_out.truth.values() if site == POOLED else [held_out.truth[site]]
         best = [part for part in known if part is not None]
-        interval = bootstrap(
-            auroc,
-            held_out.patient[mine],
-            held_out.label[mine],
-            probability[mine],
-            resamples=resamples,
-            seed=0,
-        )
+        interval = _interval(held_out.patient[mine], held_out.label[mine], probability[mine], resamples)
         rows.append(
             SiteScore(
                 site=site,
@@ -176,6 +166,17 @@ def score_sites(
             )
         )
     return rows
+
+
+def _interval(
+    patient: NDArray[np.int64], label: NDArray[np.float32], probability: NDArray[np.float64], resamples: int
+) -> Interval:
+    """AUROC with its interval; NaN where a site's held-out patients are too few for one, which is no reason to stop."""
+    try:
+        return bootstrap(auroc, patient, label, probability, resamples=resamples, seed=0)
+    except DataError:
+        both = len(np.unique(label)) == 2
+        return Interval(auroc(label, probability) if both else math.nan, math.nan, math.nan)
 
 
 def predictions_table(held_out: HeldOut, probability: NDArray[np.float64]) -> pl.DataFrame:

@@ -8,6 +8,8 @@ before the first round, which a deployment never does (there, names come from ke
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import pickle
 from typing import Any
 
@@ -17,6 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from client.app import build_app
 from client.site import Site
+from common.errors import ConfigurationError
 from common.models.network import build_network
 from common.records import Weights
 from common.training import state_of
@@ -24,7 +27,7 @@ from server.rounds import run
 from server.strategy import FederatedAveraging
 from simulations.hospitals import Hospitals
 
-_opened: dict[str, Site] = {}  # per actor process: reading records again each round would cost more than training
+_opened: dict[str, Site] = {}  # of this actor, whose process serves one run: opening a site costs more than a round
 
 
 def run_on_flower(hospitals: Hospitals, *, backend: dict[str, Any] | None = None) -> Weights:
@@ -35,8 +38,12 @@ def run_on_flower(hospitals: Hospitals, *, backend: dict[str, Any] | None = None
         backend: Flower's `backend_config`; default one CPU per virtual site.
 
     Raises:
-        ImportError: the extra `ray` is not installed.
+        ConfigurationError: Ray is not installed (Flower would end the process).
+        QuorumError: as in `server.rounds.run`.
     """
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigurationError("Flower's engine needs Ray: pip install 'wardround[ray]', or use the default engine")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing reaches outside
     from flwr.simulation import run_simulation
 
     names = sorted(hospitals.study.sites)
@@ -72,19 +79,23 @@ def _client_app(hospitals: Hospitals, names: list[str]) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        name = name_of(context)
-        if name not in _opened:
-            _opened[name] = hospitals.open(name)
-        site = _opened[name]
-        if "ledger" in context.state:
-            stored = context.state["ledger"]["bytes"]
-            assert isinstance(stored, bytes)
-            site.ledger = pickle.loads(stored)  # noqa: S301 (written below, never leaves this machine)
-        reply = build_app(lambda _context: site)(message=message, context=context)
-        context.state["ledger"] = ConfigRecord({"bytes": pickle.dumps(site.ledger)})
-        return reply
+        return _train(hospitals, name_of(context), message, context)
 
     return app
+
+
+def _train(hospitals: Hospitals, name: str, message: Message, context: Context) -> Message:
+    """One round at one site. Not a closure: Ray copies those with their globals, and `_opened` would stay empty."""
+    if name not in _opened:
+        _opened[name] = hospitals.open(name)
+    site = _opened[name]
+    if "ledger" in context.state:
+        stored = context.state["ledger"]["bytes"]
+        assert isinstance(stored, bytes)
+        site.ledger = pickle.loads(stored)  # noqa: S301 (written below, never leaves this machine)
+    reply = build_app(lambda _context: site)(message=message, context=context)
+    context.state["ledger"] = ConfigRecord({"bytes": pickle.dumps(site.ledger)})
+    return reply
 
 
 def _ask_names(grid: Grid, count: int) -> dict[int, str]:

@@ -27,6 +27,7 @@ from client.site import Site
 from common.errors import WardroundError
 
 RUN_ID, SERVER_NODE = 1, 1
+ENDED = "a worker process ended; it may have run out of memory: use fewer workers"
 OpenSite = Callable[[str], Site]
 
 
@@ -135,14 +136,17 @@ class _Worker:
 
     def start(self, messages: list[Message]) -> None:
         """Send a round's messages to the process."""
-        self._pipe.send(messages)
+        try:
+            self._pipe.send(messages)
+        except OSError:
+            raise WardroundError(ENDED) from None
 
     def finish(self) -> list[Message]:
         """Wait for its replies. Raises what stopped it."""
         try:
             answer = self._pipe.recv()
-        except EOFError:
-            raise WardroundError("a worker process ended; it may have run out of memory: use fewer workers") from None
+        except (EOFError, OSError):
+            raise WardroundError(ENDED) from None
         if isinstance(answer, WardroundError):
             raise answer
         return list(answer)
@@ -153,6 +157,8 @@ class _Worker:
         self._process.join(timeout=10)
         if self._process.is_alive():
             self._process.kill()
+            self._process.join()
+        self._process.close()
 
 
 def _work(pipe: Connection, open_site: OpenSite, roster: Mapping[int, str]) -> None:
@@ -169,4 +175,7 @@ def _work(pipe: Connection, open_site: OpenSite, roster: Mapping[int, str]) -> N
             answer: list[Message] | WardroundError = runner.finish()
         except WardroundError as error:
             answer = error
-        pipe.send(answer)
+        try:
+            pipe.send(answer)
+        except OSError:  # the grid was closed in the middle of a round
+            return

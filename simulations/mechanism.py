@@ -56,8 +56,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Records:
-    """n observed records padded to T visits; all that a reader of the data will know, and all the label
-    reads.
+    """n observed records padded to T visits; all that a reader of the data will know, all the label reads.
 
     visit: [n, T] bool, True first. minute: [n, T] int64 from the start of the window, strictly ascending over
         visits, 0 after.

@@ -26,7 +26,6 @@ class SiteRecipe:
         missed_label_rate: P(label 0 | disease).
         false_label_rate: P(label 1 | no disease).
         code_rotation: By how many places the rarer codes are rotated (coding habit).
-
     """
 
     name: str
@@ -72,7 +71,6 @@ class Preset:
         signal: Strength of the label mechanism, a factor on the whole score; 1.4 allows an AUROC of about
             .865.
         held_out_ratio: Held-out patients per training patient, from the same site.
-
     """
 
     name: str
@@ -83,9 +81,7 @@ class Preset:
     def __post_init__(self) -> None:
         names = [site.name for site in self.sites]
         if not names or len(set(names)) < len(names):
-            raise ConfigurationError(
-                f"preset {self.name!r}: sites {names} must be one or more, each with its own name"
-            )
+            raise ConfigurationError(f"preset {self.name!r}: sites {names} must be one or more, each with its own name")
 
 
 # fmt: off

@@ -57,8 +57,8 @@ def append_metrics(out: Path, progress: Progress) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def finish(out: Path, result: Result) -> None:
-    """Write weights, predictions, figure and run.json."""
+def finish(out: Path, result: Result, lines: dict[str, Result]) -> None:
+    """Write weights, predictions, figure and run.json; `lines` are further runs by name, of which the scores stay."""
     (out / "weights.safetensors").write_bytes(to_bytes(result.weights))
     result.predictions.write_parquet(out / "predictions.parquet")
     taken = [p for p in result.history if p.auroc is not None]
@@ -81,6 +81,7 @@ def finish(out: Path, result: Result) -> None:
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         "table": [_row(score) for score in result.scores],
+        "lines": {name: [_row(score) for score in line.scores] for name, line in lines.items()},
     }
     (out / "run.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
@@ -110,18 +111,40 @@ def table(scores: list[SiteScore], title: str) -> Table:
     return out
 
 
+def lines_table(result: Result, lines: dict[str, Result]) -> Table:
+    """AUROC of the study and of each line beside it, on every site's held-out patients and pooled.
+
+    A site alone is scored on its own patients; the `alone` lines make one row.
+    """
+    sites = [score.site for score in result.scores]
+    rows = {result.study.training.recipe: {score.site: score.auroc.value for score in result.scores}}
+    for name, line in lines.items():
+        row, _, site = name.partition(": ")
+        rows.setdefault(row, {})
+        for score in line.scores:
+            if site in ("", score.site):
+                rows[row][score.site] = score.auroc.value
+    out = Table(title="AUROC of the lines beside it, same records and budget", title_justify="left")
+    out.add_column("line")
+    for site in sites:
+        out.add_column(site, justify="right")
+    for name, row in rows.items():
+        out.add_row(name, *(f"{row[site]:.3f}" if site in row else "" for site in sites))
+    return out
+
+
 def _row(score: SiteScore) -> dict[str, object]:
     return {
         "site": score.site,
         "declared_patients": score.declared_patients,
         "epsilon": _number(score.epsilon),
-        "auroc": score.auroc.value,
-        "auroc_low": score.auroc.low,
-        "auroc_high": score.auroc.high,
+        "auroc": _number(score.auroc.value),
+        "auroc_low": _number(score.auroc.low),
+        "auroc_high": _number(score.auroc.high),
         "best_possible": score.best_possible,
     }
 
 
 def _number(value: float) -> float | None:
-    """JSON has no infinity: no privacy is null."""
+    """JSON has neither infinity (no privacy) nor NaN (no interval): both are null."""
     return value if math.isfinite(value) else None

@@ -1,12 +1,12 @@
 """Where the rows of a packed batch stand.
 
 A packed batch (`torch.nn.utils.rnn.PackedSequence`) writes its sequences one time step after the other: first
-every sequence's row for step 0, then for step 1, and so on. Sequences are sorted by falling length, so that
-the rows of one step are a contiguous block in which sequence b, if it is still running, is row number b.
-A padded batch of equal lengths is the same thing with equal block sizes, so one layout serves both.
+every sequence's row for step 0, then for step 1, and so on. Sequences are sorted by falling length, so that the
+rows of one step are contiguous, and sequence b, if it is still running, is row number b among them. A padded
+batch is the same thing with equal lengths, so one layout serves both.
 
-Everything that the recurrence, its reversal and the attribution of rows to patients need to know about positions
-is derived here, once, from the block sizes; nobody else does index arithmetic on packed data.
+What the recurrence, its reversal and the attribution of rows to patients need to know about positions is derived
+here, once, from the sizes of the steps; nothing else does index arithmetic on packed data.
 """
 
 from __future__ import annotations

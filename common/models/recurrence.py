@@ -1,13 +1,13 @@
 """Forward and backward through time as one autograd function, over packed rows.
 
-With a tape (a private training pass) the backward pass hands over the gate gradients A, the layer inputs X and the
-previous states H, and forms no weight gradient: the gradient of patient b is A_b' [X_b, H_b], and who holds A, X and
-H can have its norm and any weighted sum without a second backward pass (book-keeping; Bu et al. 2023,
-arXiv 2210.00038). Without a tape it is an ordinary differentiable function and returns ordinary weight gradients.
+With a tape (a private training pass) the backward pass hands over the gate gradients A, the layer inputs X and
+the previous states H, and forms no weight gradient: the gradient of patient b is A_b' [X_b, H_b], and who holds A,
+X and H can have its norm and any weighted sum without a second backward pass (book-keeping; Bu et al. 2023,
+arXiv 2210.00038). Without a tape it is an ordinary differentiable function with ordinary weight gradients.
 
-With a tape the gate gradients overwrite the gates, which halves the memory; the price is one backward pass per forward
-pass, and a second one raises. Without a tape buffers are fresh, and backward may run again. Second derivatives
-are not available either way.
+With a tape the gate gradients overwrite the gates, which halves the memory; the price is one backward pass per
+forward pass, and a second one raises. Without a tape buffers are fresh, and backward may run again. Second
+derivatives are not available either way.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from common.models.layout import Layout
 
 CELLS: dict[str, type[Cell]] = {"GRU": GRUCell, "LSTM": LSTMCell, "RNN_TANH": TanhCell, "RNN_RELU": ReLUCell}
 
+Parameters = tuple[Tensor, Tensor, Tensor, Tensor]  # weight_ih, weight_hh, bias_ih, bias_hh as torch.nn has them
+
 
 class Tape(Protocol):
     """Where one layer and direction leaves what a private step needs, once per backward pass."""
 
-    anchor: Tensor  # a scalar that requires gradients, so that backward runs even when no input wants one
+    anchor: Tensor  # a scalar that wants a gradient, so that backward runs even when no input wants one
 
     def lend(self, rows: int, columns: int, like: Tensor) -> Tensor:
         """Scratch memory [rows, columns] for the gates, in the type and on the device of `like`."""
@@ -46,14 +48,14 @@ def run(
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
-    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
+    parameters: Parameters,
 ) -> tuple[Tensor, Tensor | None]:
     """One layer in one direction over a packed batch.
 
     Args:
         mode: torch.nn's name of the cell: GRU, LSTM, RNN_TANH or RNN_RELU.
         layout: positions of the packed rows.
-        tape: receives gate gradients instead of the parameters receiving theirs; None for ordinary gradients.
+        tape: receives gate gradients, in place of the parameters receiving theirs; None for ordinary gradients.
         x: [N, D] inputs.
         h0: [B, H] initial states, in sorted order.
         c0: [B, H] initial cell states (LSTM only).
@@ -62,10 +64,13 @@ def run(
     Returns:
         The state after each packed row [N, H], and the last cell states [B, H] (LSTM only).
     """
-    anchor = None if tape is None else tape.anchor
-    if tape is not None:
-        parameters = tuple(p.detach() for p in parameters)  # type: ignore[assignment]  # four in, four out
-    states, memory = Recurrence.apply(CELLS[mode], layout, tape, anchor, x, h0, c0, *parameters)  # type: ignore[no-untyped-call]  # torch leaves Function.apply untyped
+    states: Tensor
+    memory: Tensor | None
+    if tape is None:
+        states, memory = Recurrence.apply(CELLS[mode], layout, None, None, x, h0, c0, *parameters)  # type: ignore[no-untyped-call]  # torch's typing
+    else:
+        held = [p.detach() for p in parameters]
+        states, memory = Recurrence.apply(CELLS[mode], layout, tape, tape.anchor, x, h0, c0, *held)  # type: ignore[no-untyped-call]  # torch's typing
     return states, memory
 
 
@@ -78,12 +83,13 @@ class Recurrence(torch.autograd.Function):
         cell_type: type[Cell],
         layout: Layout,
         tape: Tape | None,
-        anchor: Tensor | None,
+        anchor: Tensor | None,  # noqa: ARG004 (it is here to want a gradient, never to get one)
         x: Tensor,
         h0: Tensor,
         c0: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
+        """States after each packed row, last cell states."""
         columns = cell_type.GATES * h0.shape[1]
         gates = x.new_empty(layout.rows, columns) if tape is None else tape.lend(layout.rows, columns, x)
         cell = cell_type(layout, gates, h0, c0, *parameters)
@@ -95,14 +101,15 @@ class Recurrence(torch.autograd.Function):
         return states, memory
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    @once_differentiable
     def backward(ctx: Any, grad_states: Tensor | None, grad_memory: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of x, h0, c0 and, without a tape, of the parameters."""
         cell: Cell | None = ctx.cell
         tape: Tape | None = ctx.tape
         if cell is None:
             raise RuntimeError(
                 "second backward pass through one forward pass of a recurrent layer: its gate gradients "
-                "have overwritten its gates; run forward again, or detach the hooks"
+                "have overwritten its gates; run forward again"
             )
         x, _ = ctx.saved_tensors
         _, _, _, _, wants_x, wants_h0, wants_c0, *wants_weights = ctx.needs_input_grad
@@ -110,31 +117,23 @@ class Recurrence(torch.autograd.Function):
             grad_states = x.new_zeros(()).expand(cell.layout.rows, cell.hidden_size)
         if isinstance(cell, LSTMCell):
             cell.start_back(grad_memory)
-        out = cell.gates if tape is not None else torch.empty_like(cell.gates)
+        A = cell.gates if tape is not None else torch.empty_like(cell.gates)
         grad_x = torch.empty_like(x) if wants_x else None
-        grad_h0 = cell.backward(out, grad_states, grad_x)
+        grad_h0 = cell.backward(A, grad_states, grad_x)
         grad_c0 = cell.carried_c if isinstance(cell, LSTMCell) else None
 
         previous = cell.preceding(cell.states, slice(0, cell.layout.rows))
         if tape is not None:
             ctx.cell = None
-            tape.keep(out, x, previous)
-        weights = _weight_gradients(cell, out, x, previous) if any(wants_weights) else (None,) * 4
-        return (
-            None,
-            None,
-            None,
-            None,
-            grad_x,
-            grad_h0 if wants_h0 else None,
-            grad_c0 if wants_c0 else None,
-            *weights,
-        )
+            tape.keep(A, x, previous)
+        weights = _weight_gradients(cell, A, x, previous) if any(wants_weights) else (None,) * 4
+        states = (grad_x, grad_h0 if wants_h0 else None, grad_c0 if wants_c0 else None)
+        return (None, None, None, None, *states, *weights)
 
 
-def _weight_gradients(cell: Cell, gates: Tensor, x: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
+def _weight_gradients(cell: Cell, A: Tensor, x: Tensor, previous: Tensor) -> Parameters:
     """A'X, A'H and the sums of A, in torch.nn's gate order."""
-    A_ih, A_hh = cell.columns(gates, cell.INPUT), cell.columns(gates, cell.HIDDEN)
+    A_ih, A_hh = cell.columns(A, cell.INPUT), cell.columns(A, cell.HIDDEN)
     return (
         reorder(A_ih.t() @ x, cell.TORCH_INPUT),
         reorder(A_hh.t() @ previous, cell.TORCH_HIDDEN),

@@ -1,12 +1,12 @@
 """RNN, GRU and LSTM that can be trained with privacy per patient.
 
-Subclasses of torch.nn's layers: the same constructor, parameters (names, order and shapes, so state dicts load both
-ways), inputs and outputs. Training passes run on `recurrence.run`, which keeps the gate gradients that the private
-step needs; evaluation, and anything under `torch.no_grad()`, runs torch's own kernels. Opacus replaces these layers
-by a Python loop of linear layers instead, with other parameter names and orders and a different dropout.
+Subclasses of torch.nn's layers: the same constructor, parameters (names, order and shapes, so state dicts load
+both ways), inputs and outputs. Training passes run on `recurrence.run`, which keeps the gate gradients that the
+private step needs; evaluation, and anything under `torch.no_grad()`, runs torch's own kernels. Opacus replaces
+these layers by a Python loop of linear layers instead, with other parameter names and orders and another dropout.
 
 Differences from torch.nn: a batch of zero sequences is a batch like any other (Poisson sampling draws one), and
-`proj_size` is refused.
+`proj_size` is refused. Outputs of a training pass must not be changed in place.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from common.models.layout import Layout
-from common.models.recurrence import Tape, run
+from common.models.recurrence import Parameters, Tape, run
 
 State = Tensor | tuple[Tensor, Tensor]
 
-# (layer, layout, sorted_indices of the packed batch) -> what makes a Tape for each weight suffix, such as "_l0".
+# (layer, layout, sorted_indices of the packed batch) -> a Tape for each weight suffix, such as "_l0_reverse".
 Recorder = Callable[["Recurrent", Layout, Tensor | None], Callable[[str], Tape] | None]
 
 
@@ -64,19 +64,16 @@ class Recurrent(nn.RNNBase):
             raise ValueError(f"proj_size={self.proj_size}: projections are not supported; leave it at 0")
 
     def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> Any:  # noqa: A002 (torch's name)
-        """As torch.nn's layer: (outputs, h_n) or (outputs, (h_n, c_n)), outputs of the same kind as `input`."""
+        """(outputs, h_n), for an LSTM (outputs, (h_n, c_n)); outputs are of the same kind as `input`."""
         rows = input.data if isinstance(input, PackedSequence) else input
         if rows.numel() and not (self.training and torch.is_grad_enabled()):
             return super().forward(input, hx)
         batch = self._packed(input)
         h0, c0 = self._initial_states(batch, hx, unbatched=_is_unbatched(input))
-        outputs, h_n, c_n = self._run(batch, h0, c0)
-        h_n = batch.unsort(h_n)
-        c_n = None if c_n is None else batch.unsort(c_n)
-        return self._as_given(input, batch, outputs, h_n, c_n)
+        return self._as_given(input, batch, *self._run(batch, h0, c0))
 
     def _run(self, batch: _Batch, h0: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Layer after layer: outputs [N, directions x H], last states and cell states [layers x directions, B, H]."""
+        """Layer after layer: outputs [N, directions x H]; last states, cell states [layers x directions, B, H]."""
         layout, x = batch.layout, batch.x
         tapes = self.recorder(self, layout, batch.sorted_indices) if self.recorder is not None else None
         directions = ("", "_reverse") if self.bidirectional else ("",)
@@ -104,12 +101,13 @@ class Recurrent(nn.RNNBase):
                 x = nn.functional.dropout(x, self.dropout)
         return x, torch.stack(h_n), torch.stack(c_n) if c_n else None
 
-    def _weights(self, suffix: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """weight_ih, weight_hh, bias_ih, bias_hh of one layer and direction; zeros for a layer without bias."""
+    def _weights(self, suffix: str) -> Parameters:
+        """weight_ih, weight_hh, bias_ih, bias_hh of one layer and direction; zeros for absent biases."""
         w_ih: Tensor = getattr(self, f"weight_ih{suffix}")
         w_hh: Tensor = getattr(self, f"weight_hh{suffix}")
         if not self.bias:
-            return w_ih, w_hh, (zeros := w_ih.new_zeros(len(w_ih))), zeros
+            zeros = w_ih.new_zeros(len(w_ih))
+            return w_ih, w_hh, zeros, zeros
         return w_ih, w_hh, getattr(self, f"bias_ih{suffix}"), getattr(self, f"bias_hh{suffix}")
 
     def _packed(self, given: Tensor | PackedSequence) -> _Batch:
@@ -118,44 +116,48 @@ class Recurrent(nn.RNNBase):
             layout = Layout(given.batch_sizes.tolist(), given.data.device)
             return _Batch(given.data, layout, given.sorted_indices, given.unsorted_indices)
         if given.dim() not in (2, 3):
-            raise ValueError(f"{self._get_name()}: input has {given.dim()} dimensions; give 2 (unbatched) or 3")
-        padded = given.unsqueeze(1) if _is_unbatched(given) else given.transpose(0, 1) if self.batch_first else given
+            raise ValueError(f"{self.mode}: input has {given.dim()} dimensions; give 2 (unbatched) or 3")
+        padded = given.transpose(0, 1) if self.batch_first else given
+        if _is_unbatched(given):
+            padded = given.unsqueeze(1)
         self.check_input(padded, None)
         steps, sequences, features = padded.shape
-        return _Batch(padded.reshape(-1, features), Layout([sequences] * steps, given.device), None, None)
+        layout = Layout([sequences] * steps, given.device)
+        return _Batch(padded.reshape(steps * sequences, features), layout, None, None)
 
     def _initial_states(self, batch: _Batch, hx: State | None, *, unbatched: bool) -> tuple[Tensor, Tensor | None]:
         """h0 and c0 [layers x directions, B, H] in sorted order; zeros if not given."""
-        shape = (self.num_layers * (2 if self.bidirectional else 1), batch.layout.sequences, self.hidden_size)
+        directions = 2 if self.bidirectional else 1
+        shape = (self.num_layers * directions, batch.layout.sequences, self.hidden_size)
         if hx is None:
             zeros = batch.x.new_zeros(()).expand(shape)
             return zeros, zeros if self.mode == "LSTM" else None
         h0, c0 = hx if isinstance(hx, tuple) else (hx, None)
         if (c0 is not None) != (self.mode == "LSTM"):
-            raise ValueError(f"{self._get_name()}: initial states must be {'(h0, c0)' if c0 is None else 'one tensor'}")
-        states = [s.unsqueeze(1) if unbatched else s for s in (h0, c0) if s is not None]
-        for state in states:
+            wanted = "(h0, c0)" if c0 is None else "one tensor"
+            raise ValueError(f"{self.mode}: initial states of the wrong kind; give {wanted}")
+
+        def sort(state: Tensor) -> Tensor:
+            state = state.unsqueeze(1) if unbatched else state
             if state.shape != shape:
-                raise ValueError(f"{self._get_name()}: initial states of shape {tuple(state.shape)}; give {shape}")
-        h0, c0 = batch.sort(states[0]), batch.sort(states[1]) if len(states) == 2 else None
-        return h0, c0
+                raise ValueError(f"{self.mode}: initial states of shape {tuple(state.shape)}; give {shape}")
+            return batch.sort(state)
+
+        return sort(h0), None if c0 is None else sort(c0)
 
     def _as_given(
         self, given: Tensor | PackedSequence, batch: _Batch, x: Tensor, h_n: Tensor, c_n: Tensor | None
     ) -> tuple[Tensor | PackedSequence, State]:
-        """Outputs in the form of the input."""
+        """Outputs in the form of the input, states in the caller's order."""
+        h_n, c_n = batch.unsort(h_n), None if c_n is None else batch.unsort(c_n)
+        outputs: Tensor | PackedSequence
         if isinstance(given, PackedSequence):
-            outputs: Tensor | PackedSequence = PackedSequence(
-                x, given.batch_sizes, batch.sorted_indices, batch.unsorted_indices
-            )
+            outputs = PackedSequence(x, given.batch_sizes, given.sorted_indices, given.unsorted_indices)
         else:
             outputs = x.view(batch.layout.steps, batch.layout.sequences, x.shape[1])
             if _is_unbatched(given):
-                outputs, h_n, c_n = (
-                    outputs.squeeze(1),
-                    h_n.squeeze(1),
-                    None if c_n is None else c_n.squeeze(1),
-                )
+                outputs, h_n = outputs.squeeze(1), h_n.squeeze(1)
+                c_n = None if c_n is None else c_n.squeeze(1)
             elif self.batch_first:
                 outputs = outputs.transpose(0, 1)
         return outputs, h_n if c_n is None else (h_n, c_n)

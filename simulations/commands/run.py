@@ -18,32 +18,38 @@ def command(
         str | None, typer.Option("--epsilon", help="Budget instead of the study's; `none`: no noise.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed instead of the study's.")] = None,
+    lines: Annotated[
+        str, typer.Option("--lines", help="Beside it, comma-separated: logistic,alone,fedavg-local,naive,no-noise.")
+    ] = "",
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes, one thread each; same result.")] = 1,
 ) -> None:
     """Train STUDY over virtual hospitals and print accuracy beside epsilon, per site."""
-    import os
-
-    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"  # before the first import of flwr: nothing reaches outside
-    os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
-    from rich.console import Console
-
     from common.study import load_study
-    from simulations import run_folder
-    from simulations.experiment import HeldOut, Progress, check_records, simulate
-    from simulations.hospitals import Hospitals, find_directories, write_synthetic
     from simulations.overrides import override
+    from simulations.sources import check_records, find_directories, write_synthetic
 
-    console = Console()
     terms = override(load_study(study), epsilon=epsilon, seed=seed, source=str(study))
     chosen_seed = terms.simulation.seed
     plan = terms.plan()
     directories = find_directories(terms, data, study)
     if directories is not None:
-        check_records(Hospitals(terms, directories, chosen_seed))
+        check_records(terms, directories)
+
+    from rich.console import Console
+
+    from common.device import resolve
+    from simulations import run_folder
+    from simulations.experiment import HeldOut, Progress, simulate
+    from simulations.hospitals import Hospitals
+    from simulations.lines import lines_of
+
+    resolve(terms.device)
+    beside = lines_of(terms, [name for name in lines.split(",") if name])
     run_folder.create(out, terms, chosen_seed)
     if directories is None:
         directories = write_synthetic(terms, chosen_seed, out / "cohort")
     hospitals = Hospitals(terms, directories, chosen_seed)
+    console = Console()
     console.print(
         f"{terms.name}: {len(terms.sites)} sites, {terms.training.rounds} rounds of {terms.training.local_steps} "
         f"local step(s), {terms.model.cell}, q {plan.sampling_rate}, sigma {plan.noise_multiplier}, clip {plan.clip}",
@@ -63,8 +69,15 @@ def command(
             )
 
     result = simulate(hospitals, workers=workers, held_out=HeldOut(hospitals), on_round=show)
-    run_folder.finish(out, result)
+    others = {}
+    for name, line in beside.items():
+        console.print(f"beside it: {name}", highlight=False)
+        scored_on = HeldOut(Hospitals(line.model_copy(update={"sites": terms.sites}), directories, chosen_seed))
+        others[name] = simulate(Hospitals(line, directories, chosen_seed), workers=workers, held_out=scored_on)
+    run_folder.finish(out, result, others)
     console.print(run_folder.table(result.scores, f"{terms.name}, seed {chosen_seed}: held-out patients"))
+    if others:
+        console.print(run_folder.lines_table(result, others))
     console.print(f"epsilon: per patient, add or remove one, delta {terms.privacy.delta}", highlight=False)
     for stamp in run_folder.stamps(terms):
         console.print(stamp, highlight=False)

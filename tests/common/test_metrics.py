@@ -10,12 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]  # ships no types
-from sklearn.metrics import (  # type: ignore[import-untyped]  # ships no types
-    average_precision_score,
-    brier_score_loss,
-    roc_auc_score,
-)
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
 from common.errors import ConfigurationError, DataError
 from common.metrics import FloatArray, auprc, auroc, bootstrap, brier, calibration, in_the_large

@@ -54,8 +54,17 @@ SCHEMA = parse(
     FeatureSchema,
     "small",
 )
-CODES = ["HR", "PH", "LACTATE", "DX//A", "DX//B", "AGE", "UNIT", "SEX//F", "UNKNOWN"]
-NUMBERS = [None, 0.2, 1.0, 2.0, 3.0, 4.0, 7.38, 7.9, 15.0, 60.0, 61.0, 120.0, 250.0, 251.0, -1.0, 14.9]
+NUMBERS: dict[str, list[float | None]] = {  # what may be recorded under each code: mostly usable
+    "HR": [80.0, 85.0, 103.0, 120.0, 15.0, 250.0, 251.0, None],
+    "PH": [7.2, 7.38, 7.9, 8.0],
+    "LACTATE": [0.2, 1.0, 4.0, 35.0, 0.1],
+    "DX//A": [None, 1.0],
+    "DX//B": [None],
+    "AGE": [60.0, 75.0, 120.0, 121.0],
+    "UNIT": [1.0, 2.0, 3.0, 4.0, 5.0, None],
+    "SEX//F": [None, 1.0],
+    "UNKNOWN": [None, 1.0],
+}
 
 
 def hours(number: float) -> datetime:
@@ -205,22 +214,29 @@ def same(one: Sequences, other: Sequences) -> bool:
     return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs)
 
 
+quarters = st.integers(0, 24).map(lambda number: hours(number / 4))
+recorded = st.sampled_from(["HR"] * 6 + sorted(NUMBERS))  # one value often, so that histories have depth
+
+
+def one_event(subject: int) -> st.SearchStrategy[Event]:
+    """An event of a patient; statics often lack a time, other events rarely."""
+
+    def of_code(code: str) -> st.SearchStrategy[Event]:
+        time = st.none() | quarters if code in SCHEMA.statics else st.one_of(*[quarters] * 9, st.none())
+        return st.tuples(st.just(subject), time, st.just(code), st.sampled_from(NUMBERS[code]))
+
+    return recorded.flatmap(of_code)
+
+
 @st.composite
 def cohorts(draw: st.DrawFn) -> tuple[list[Event], list[Label]]:
     """Up to four patients: ties, unknown codes, null and out-of-range numbers, several label rows each."""
-    quarter = st.integers(0, 40).map(lambda quarters: hours(quarters / 4))
     events: list[Event] = []
     labels: list[Label] = []
     for subject in draw(st.lists(st.integers(-3, 3), min_size=1, max_size=4, unique=True)):
-        mine = draw(
-            st.lists(
-                st.tuples(st.just(subject), st.none() | quarter, st.sampled_from(CODES), st.sampled_from(NUMBERS)),
-                min_size=1,
-                max_size=25,
-            )
-        )
+        mine = draw(st.lists(one_event(subject), min_size=1, max_size=25))
         first = min((time for _, time, _, _ in mine if time is not None), default=START)
-        at = draw(st.lists(st.tuples(quarter, st.booleans()), max_size=3, unique_by=lambda row: row[0]))
+        at = draw(st.lists(st.tuples(quarters, st.booleans()), max_size=3, unique_by=lambda row: row[0]))
         events += mine
         labels += [(subject, time, label) for time, label in at if time >= first]
     assume(labels)
@@ -263,7 +279,7 @@ def test_the_future_never_matters(cohort: tuple[list[Event], list[Label]], how: 
     events, labels = cohort
     events = [*events, *((who, START, "UNKNOWN", None) for who in {who for who, _, _ in labels})]
     until = {subject: max(time for who, time, _ in labels if who == subject) for subject, _, _ in labels}
-    later: list[Event] = [(who, time + MICROSECOND, code, 3.0) for who, time in until.items() for code in CODES]
+    later: list[Event] = [(who, time + MICROSECOND, code, 3.0) for who, time in until.items() for code in NUMBERS]
     assert same(make(events, labels, **how), make(events + later, labels, **how))
 
 
@@ -313,12 +329,19 @@ def test_limits_are_inclusive_in_float32() -> None:
 
 
 def test_cut_keeps_what_was_known_before() -> None:
-    """A value last measured before the kept steps is still carried; the first gap reaches over the cut."""
-    events: list[Event] = [(1, hours(0), "HR", 103.0), (1, hours(6), "DX//A", None)]
-    records = make(events, [(1, hours(7), True)], max_steps=1)
+    """The value last measured before the kept steps is carried, none older; the first gap reaches over the cut."""
+    early: list[Event] = [(1, hours(0), "HR", 67.0), (1, hours(1), "HR", 103.0)]
+    records = make([*early, (1, hours(7), "DX//A", None)], [(1, hours(8), True)], max_steps=1)
     hr = SCHEMA.value_codes.index("HR")
     assert (records.values[0, hr], records.measured[0, hr]) == (1.0, False)
     assert records.gap.tolist() == pytest.approx([math.log(1 + 6 / 2) - 0.7])
+
+
+def test_own_value_of_the_first_kept_step_stands() -> None:
+    """What was known before the cut never overwrites what the first kept step measured."""
+    events: list[Event] = [(1, hours(0), "HR", 67.0), (1, hours(1), "HR", 103.0)]
+    records = make(events, [(1, hours(8), True)], max_steps=1)
+    assert records.values[0, SCHEMA.value_codes.index("HR")] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,16 @@ import numpy as np
 import polars as pl
 import pytest
 
+from common.errors import ConfigurationError
 from common.metrics import auroc, calibration
 from simulations.cohort import CODES, SiteRecords, best_possible, generate_site, read_truth, write_cohort
-from simulations.mechanism import RISK_CODES, intercept
+from simulations.mechanism import REFERENCE_KEY, RISK_CODES, intercept
 from simulations.recipe import PRESETS, SiteRecipe
 
 MEDIUM = PRESETS["medium"]
 
 
-def _probability_from_events(
-    events: list[tuple[datetime | None, str, float | None]], site: SiteRecipe
-) -> float:
+def _probability_from_events(events: list[tuple[datetime | None, str, float | None]], site: SiteRecipe) -> float:
     """P(label = 1) of one patient from its rows in the data file alone, as a sentence per term."""
     age = next(value for _, code, value in events if code == "AGE")
     assert age is not None
@@ -58,9 +57,7 @@ def _probability_from_events(
 
 def test_truth_follows_from_the_written_events_alone(tmp_path: Path) -> None:
     """Each stored probability equals the one read off the patient's own rows on disk, at every site."""
-    for folder, recipe in zip(
-        write_cohort(MEDIUM, 3, tmp_path / "cohort", scale=0.03), MEDIUM.sites, strict=True
-    ):
+    for folder, recipe in zip(write_cohort(MEDIUM, 3, tmp_path / "cohort", scale=0.03), MEDIUM.sites, strict=True):
         events: dict[int, list[tuple[datetime | None, str, float | None]]] = {}
         for subject, *event in pl.read_parquet(folder / "data" / "0.parquet").iter_rows():
             time, code, value = event
@@ -95,9 +92,7 @@ def test_sites_have_their_prevalence(sites: list[SiteRecords]) -> None:
     for site, recipe in zip(sites, MEDIUM.sites, strict=True):
         expected = recipe.recorded_prevalence
         chance = math.sqrt(expected * (1 - expected) / len(site.label))
-        reference = math.sqrt(
-            expected * (1 - expected) / 10_000
-        )  # the intercept's own error is smaller than this
+        reference = math.sqrt(expected * (1 - expected) / 10_000)  # the intercept's own error is smaller than this
         assert abs(site.label.mean() - expected) < 4 * math.hypot(chance, reference)
 
 
@@ -124,6 +119,18 @@ def test_events_do_not_depend_on_the_label() -> None:
         assert np.any(other.probability != plain.probability)
 
 
+def test_the_intercept_is_solved_on_patients_of_no_cohort() -> None:
+    """The reference stream's key lies beyond every seed, and one intercept serves every seed and size."""
+    assert min(REFERENCE_KEY) >= 2**63
+    with pytest.raises(ConfigurationError, match="seed="):
+        generate_site(MEDIUM.sites[0], REFERENCE_KEY[0], 0)
+    intercept.cache_clear()
+    first = intercept(MEDIUM.sites[0], 1.4)
+    generate_site(MEDIUM.sites[0], 9, 0, scale=0.01)
+    intercept.cache_clear()
+    assert intercept(MEDIUM.sites[0], 1.4) == first
+
+
 def test_recording_errors_enter_the_probability_exactly() -> None:
     """With P(disease) p, P(label) is p (1 - missed) + (1 - p) false."""
     recipe = SiteRecipe("north", 200, 0.2)
@@ -137,8 +144,7 @@ def test_a_stronger_signal_raises_the_optimum() -> None:
     """The best possible AUROC grows with `signal`; without any signal it is one half."""
     recipe = MEDIUM.sites[0]
     weak, usual, strong = (
-        best_possible(generate_site(recipe, 1, 0, scale=0.25, signal=signal).probability)
-        for signal in (0.0, 1.0, 2.0)
+        best_possible(generate_site(recipe, 1, 0, scale=0.25, signal=signal).probability) for signal in (0.0, 1.0, 2.0)
     )
     assert weak == pytest.approx(0.5)
     assert 0.75 < usual < strong - 0.05
