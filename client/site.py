@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from client.ledger import Ledger
 from common.batching import Dataset
-from common.errors import BudgetError, WireError
+from common.errors import BudgetError, ConfigurationError, WireError
 from common.models.network import build_network
 from common.privacy.randomness import Randomness
 from common.provenance import code_digest
@@ -31,6 +31,9 @@ class Site:
         dataset: the site's training sequences.
         ledger: the site's record of spending.
         randomness: (round, attempt number) -> a fresh source of sampling and noise.
+
+    Raises:
+        ConfigurationError: the study has no such site.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class Site:
         ledger: Ledger,
         randomness: Callable[[int, int], Randomness] = lambda _round, _attempt: Randomness(),
     ) -> None:
+        if name not in study.sites:
+            raise ConfigurationError(f"site `{name}` is not in study {study.name}, which has {', '.join(study.sites)}")
         self.name, self.study, self.dataset, self.ledger = name, study, dataset, ledger
         self._randomness = randomness
         self._digest = study.digest()

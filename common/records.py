@@ -104,7 +104,7 @@ def reply_from_message(message: Message) -> Reply:
 
 def check_like(weights: Weights, expected: Weights, what: str) -> None:
     """Raise WireError unless `weights` has the names, shapes and dtype of `expected` and finite values."""
-    if list(weights) != sorted(expected):
+    if weights.keys() != expected.keys():
         raise WireError(f"{what}: names of arrays differ from the study's network")
     for name, array in weights.items():
         if (array.shape, array.dtype) != (expected[name].shape, expected[name].dtype):

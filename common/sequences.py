@@ -292,10 +292,10 @@ def _usable(events: pl.LazyFrame, patients: pl.DataFrame, schema: FeatureSchema)
     Columns of the first table: values 0..V-1, then listed codes V..V+n_codes-1; of the second: statics.
     """
     found = (
-        events.join(patients.lazy(), on=SUBJECT_ID, how="inner", maintain_order="left")
-        .filter(pl.col(TIME).is_null() | (pl.col(TIME) <= pl.col("until")))
-        .join(features(schema).lazy(), on=CODE, how="inner", maintain_order="left")
+        events.join(features(schema).lazy(), on=CODE, how="inner", maintain_order="left")
         .filter(fate(schema) == "usable")
+        .join(patients.lazy(), on=SUBJECT_ID, how="inner", maintain_order="left")
+        .filter(pl.col(TIME).is_null() | (pl.col(TIME) <= pl.col("until")))
         .select(
             "patient",
             pl.col(TIME).to_physical().fill_null(_ALWAYS),

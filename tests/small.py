@@ -49,7 +49,9 @@ _STUDY: dict[str, Any] = {
 def small_study(**changes: Any) -> Study:
     """The small study; `model={"cell": "lstm"}` changes one key of a section, `quorum=1` a key of the study."""
     data = {
-        key: {**value, **changes.get(key, {})} if isinstance(value, dict) and key != "sites" else changes.get(key, value)
+        key: {**value, **changes.get(key, {})}
+        if isinstance(value, dict) and key != "sites"
+        else changes.get(key, value)
         for key, value in _STUDY.items()
     }
     return parse(data, Study, "small")
@@ -83,7 +85,9 @@ def made_up_patients(seed: int, count: int, *, most_stays: int = 3, most_visits:
 
     def visit() -> Visit:
         codes = np.flatnonzero(random.random(CODES) < 0.4).tolist()
-        return Visit(random.normal(size=VALUES).tolist(), (random.random(VALUES) < 0.6).tolist(), random.random(), codes)
+        return Visit(
+            random.normal(size=VALUES).tolist(), (random.random(VALUES) < 0.6).tolist(), random.random(), codes
+        )
 
     def stay() -> Stay:
         visits = [visit() for _ in range(random.integers(1, most_visits + 1))]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from common.models.recurrent import Recurrent
+from common.privacy.norms import SquaredNorms
 from common.privacy.rows import Rows
 from common.privacy.samplers import SAMPLERS, PatientGradient, Strand, Use, fallback, recurrent
 
@@ -35,7 +36,11 @@ class PatientGradients:
 
     def norms(self) -> Tensor:
         """[P] float64: upper bounds on the norms over all parameters together; not finite for NaN or overflow."""
-        return sum((part.squared_norms() for part in self.parts), torch.zeros(())).sqrt() * self.scale
+        parts = [part.squared_norms() for part in self.parts]
+        total = SquaredNorms(
+            torch.stack([part.net for part in parts]).sum(0), torch.stack([part.gross for part in parts]).sum(0)
+        )
+        return total.bounds() * self.scale
 
     def weighted_sum(self, weights: Tensor) -> dict[Parameter, Tensor]:
         """Sum of weight [P] times gradient, float64. A weight of 0 leaves the patient out, NaN and all."""

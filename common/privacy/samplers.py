@@ -32,7 +32,7 @@ from torch.nn import Parameter
 from common.models.cells.cell import reorder
 from common.models.recurrence import CELLS
 from common.models.recurrent import Recurrent
-from common.privacy.norms import Factor, squared_norms
+from common.privacy.norms import Factor, SquaredNorms, squared_norms
 from common.privacy.rows import Rows
 
 ROWS_PER_BLOCK = 1024
@@ -83,8 +83,8 @@ class Strand:
 class PatientGradient(Protocol):
     """The gradients of some parameters, one per patient."""
 
-    def squared_norms(self) -> Tensor:
-        """[P] float64, upper bounds; not finite for a patient with non-finite rows."""
+    def squared_norms(self) -> SquaredNorms:
+        """Per patient; not finite for a patient with non-finite rows."""
 
     def weighted_sum(self, weights: Tensor) -> dict[Parameter, Tensor]:
         """Sum over patients of weight [P] times gradient, per parameter, float64. Weight 0 leaves out."""
@@ -108,8 +108,8 @@ class ProductGradient:
     A: Tensor
     maps: Sequence[LinearMap]
 
-    def squared_norms(self) -> Tensor:
-        """[P] upper bounds."""
+    def squared_norms(self) -> SquaredNorms:
+        """Per patient, see norms.py."""
         return squared_norms(self.rows, self.A, [m.factor for m in self.maps])
 
     def weighted_sum(self, weights: Tensor) -> dict[Parameter, Tensor]:
@@ -152,10 +152,11 @@ class LookupGradient:
         total.index_add_(0, position, self.values.double())
         return pair // codes, pair % codes, total
 
-    def squared_norms(self) -> Tensor:
-        """[P], summed in float64."""
+    def squared_norms(self) -> SquaredNorms:
+        """Per patient. Summed in float64, here and below, so that cancellation costs nothing: net is gross."""
         patient, _, total = self._pairs
-        return total.new_zeros(self.count).index_add_(0, patient, total.square().sum(1))
+        norms = total.new_zeros(self.count).index_add_(0, patient, total.square().sum(1))
+        return SquaredNorms(norms, norms)
 
     def weighted_sum(self, weights: Tensor) -> dict[Parameter, Tensor]:
         """Sum of weight times gradient, per parameter."""
@@ -172,12 +173,12 @@ class SummedGradient:
     count: int
     gradients: dict[Parameter, Tensor]
 
-    def squared_norms(self) -> Tensor:
-        """[P]."""
-        total = torch.zeros(self.count, dtype=torch.float64)
+    def squared_norms(self) -> SquaredNorms:
+        """Per patient; net is gross."""
+        norms = torch.zeros(self.count, dtype=torch.float64)
         for g in self.gradients.values():
-            total = total.to(g.device) + g.reshape(self.count, -1).square().sum(1)
-        return total
+            norms = norms.to(g.device) + g.reshape(self.count, -1).square().sum(1)
+        return SquaredNorms(norms, norms)
 
     def weighted_sum(self, weights: Tensor) -> dict[Parameter, Tensor]:
         """Sum of weight times gradient, per parameter."""

@@ -137,7 +137,7 @@ def test_shares_of_a_patient_add_up_to_one() -> None:
 def test_micro_batches_cover_every_patient_once_and_never_split_one(
     patients: list[Patient], max_rows: int, random: Any
 ) -> None:
-    """Every sequence of every chosen patient is in exactly one micro-batch, whole patients together, within the bound."""
+    """Every chosen patient is in exactly one micro-batch with all sequences; only a patient alone exceeds the bound."""
     chosen = random.sample(range(len(patients)), random.randint(0, len(patients)))
     rows = {i: sum(len(stay.visits) for stay in patients[i]) for i in chosen}
     owner = [i for i, patient in enumerate(patients) for _ in patient]

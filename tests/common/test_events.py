@@ -11,7 +11,7 @@ import pytest
 from common.errors import DataError
 from common.events import Coverage, checked_labels, features, survey, typed_events
 from common.schema import FeatureSchema
-from tests.common.test_sequences import SCHEMA, events_frame, hours
+from tests.common.plain_sequences import SCHEMA, events_frame, hours
 
 ID = 987654321
 NUMBER = 77.125

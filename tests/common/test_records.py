@@ -44,7 +44,11 @@ examples = settings(deadline=None, max_examples=150)
 
 def weights(seed: int = 0) -> Weights:
     random = np.random.default_rng(seed)
-    return {"b.weight": random.normal(size=(3, 2)).astype(np.float32), "a": np.float32([[1.5]]), "c": np.zeros(0, "f4")}
+    return {
+        "b.weight": random.normal(size=(3, 2)).astype(np.float32),
+        "a": np.ones((1, 1), np.float32),
+        "c": np.zeros(0, np.float32),
+    }
 
 
 def same(one: Weights, other: Weights) -> bool:
@@ -191,9 +195,11 @@ def test_missing_and_extra_keys_are_refused(
     if data.draw(st.booleans()):
         name = data.draw(st.text(max_size=8).map(lambda text: f"{SECRET}{text}"))
         if where == "content":
-            content[name] = data.draw(st.sampled_from([ConfigRecord({}), MetricRecord({"n": 1}), ArrayRecord()]))
+            records: list[ConfigRecord | MetricRecord | ArrayRecord] = [ConfigRecord(), MetricRecord(), ArrayRecord()]
+            content[name] = data.draw(st.sampled_from(records))
         else:
-            record[name] = data.draw(st.sampled_from([1, "x", b"x", 1.0, True]))
+            scalars: list[Any] = [1, "x", b"x", 1.0, True]
+            record[name] = data.draw(st.sampled_from(scalars))
     elif where == "content":
         del content[data.draw(st.sampled_from(sorted(content)))]
     else:
@@ -248,9 +254,10 @@ def test_a_damaged_array_is_read_or_refused(position: int, byte: int, length: in
     content = good_request()
     content["weights"] = ArrayRecord(OrderedDict({"a": raw(bytes(data[:length]))}))
     try:
-        assert all(array.dtype == np.float32 for array in decode_request(content).weights.values())
-    except WireError as error:
-        assert "\n" not in str(error)
+        found = decode_request(content).weights
+    except WireError:
+        return
+    assert [array.dtype for array in found.values()] == [np.float32]
 
 
 @pytest.mark.parametrize(
@@ -334,7 +341,7 @@ def test_weights_unlike_the_network_are_refused(change: Callable[[Weights], Any]
 def test_bytes_are_a_function_of_the_weights() -> None:
     """Equal weights give equal bytes and digests, in whatever order or memory layout; other weights do not."""
     one = weights()
-    other = {name: np.asfortranarray(one[name]) for name in reversed(sorted(one))}
+    other = {name: np.asfortranarray(one[name]) for name in sorted(one, reverse=True)}
     assert to_bytes(one) == to_bytes(other)
     assert digest_of(one) == digest_of(other)
     changed = {**one, "a": np.nextafter(one["a"], np.float32(2))}

@@ -20,7 +20,7 @@ from common.errors import ConfigurationError, DataError, WardroundError
 from common.schema import SPLITS, FeatureSchema
 from common.sequences import Sequences, build, check_trainable
 from common.terms import load
-from tests.common.test_sequences import SCHEMA, hours, same
+from tests.common.plain_sequences import SCHEMA, hours, same
 
 REPOSITORY = Path(__file__).parents[3]
 PHYSIONET = Path(os.environ.get("WARDROUND_DATA", REPOSITORY.parent / "shared" / "data")) / "physionet2012"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from common.models.network import DiagnosisNetwork, LogisticRegression, build_ne
 from common.training import load_state, predict, state_of
 from tests.small import Patient, Stay, as_sequences, made_up_patients, small_study
 
-CELLS: dict[str, type[nn.RNNBase]] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
+CELLS: dict[str, Callable[[int, int], nn.Module]] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
 POOLINGS = [
     ("last_state", "mean_state", "mean_input", "last_input"),
     ("last_state",),
@@ -47,7 +48,8 @@ def by_hand(network: nn.Module, stay: Stay, cell: str, pooling: tuple[str, ...])
         return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
     dense = inputs(stay)
-    embedding = nn.EmbeddingBag(*state["embedding.weight"].shape, mode="sum")
+    count, width = state["embedding.weight"].shape
+    embedding = nn.EmbeddingBag(count, width, mode="sum")
     embedding.load_state_dict(part("embedding"), strict=True)
     start = np.cumsum([0, *(len(v.codes) for v in stay.visits)])[:-1]
     codes = torch.tensor([code for v in stay.visits for code in v.codes], dtype=torch.int64)
@@ -86,7 +88,7 @@ def test_the_network_is_torch_modules_put_together(cell: str, pooling: tuple[str
     network = randomised(build_network(study), 1).train(training)
     patients = made_up_patients(1, 12)
     batch = batch_of(patients)
-    expected = [float(by_hand(network, stay, cell, pooling)) for stay in stays_of(patients, batch)]
+    expected = [by_hand(network, stay, cell, pooling).item() for stay in stays_of(patients, batch)]
     assert network(batch).tolist() == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
@@ -119,8 +121,7 @@ def test_records_without_codes_and_studies_without_a_code_list_work(cell: str) -
     batch = batch_of(patients)
     network = randomised(build_network(small_study(model={"cell": cell})), 3)
     assert torch.isfinite(network(batch)).all()
-    features = {"codes": []}
-    without = build_network(small_study(model={"cell": cell}, features=features))
+    without = build_network(small_study(model={"cell": cell}, features={"codes": ()}))
     assert not any(name.startswith("embedding") for name in state_of(without))
     assert without(batch).shape == (batch.n_sequences,)
 

@@ -1,0 +1,132 @@
+"""Who counts in a round: one bad reply is dropped, never the round; too few good ones stop it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.records import Reply, Status, Terms, Weights, reply_to_content
+from server.participation import QuorumError, Replies, collect
+from tests.small import SITE_NODES, message, reply_message
+
+TERMS = Terms("s" * 64, "c" * 64, 5)
+LIKE: Weights = {"w": np.zeros((2, 2), np.float32), "b": np.zeros(2, np.float32)}
+ROSTER = {**SITE_NODES, 4: "south"}
+SECRET = "PATIENT-4711"
+
+
+def update(value: float = 1.0) -> Weights:
+    return {name: np.full_like(array, value) for name, array in LIKE.items()}
+
+
+def good(node: int, value: float = 1.0) -> Message:
+    return reply_message(reply_to_content(Reply(TERMS, Status.OK, update(value))), node=node)
+
+
+def _terms(**changes: Any) -> Message:
+    return reply_message(reply_to_content(Reply(dataclasses.replace(TERMS, **changes), Status.OK, update())))
+
+
+def _update(change: Callable[[Weights], Weights]) -> Message:
+    return reply_message(reply_to_content(Reply(TERMS, Status.OK, change(update()))))
+
+
+def _extra() -> Message:
+    content = reply_to_content(Reply(TERMS, Status.OK, update()))
+    content["metrics"] = MetricRecord({"num-examples": 10**9})
+    return reply_message(content)
+
+
+def _partly(value: float) -> Callable[[Weights], Weights]:
+    def spoil(weights: Weights) -> Weights:
+        weights["w"][1, 0] = value
+        return weights
+
+    return spoil
+
+
+BAD: dict[str, Callable[[], Message]] = {
+    "NaN": lambda: _update(_partly(math.nan)),
+    "infinite": lambda: _update(_partly(-math.inf)),
+    "other shape": lambda: _update(lambda w: {**w, "b": np.zeros(3, np.float32)}),
+    "other precision": lambda: _update(lambda w: {**w, "b": np.zeros(2, np.float64)}),  # type: ignore[dict-item]  # the fault
+    "missing array": lambda: _update(lambda w: {"w": w["w"]}),
+    "extra array": lambda: _update(lambda w: {**w, "x": np.zeros(1, np.float32)}),
+    "earlier round": lambda: _terms(round_number=4),
+    "later round": lambda: _terms(round_number=6),
+    "other study": lambda: _terms(study="x" * 64),
+    "other code": lambda: _terms(code="x" * 64),
+    "other wire": lambda: _terms(wire=2),
+    "a weight of its own": _extra,
+    "empty": lambda: reply_message(RecordDict()),
+    "garbage": lambda: reply_message(RecordDict({SECRET: ConfigRecord({"x": SECRET})})),
+    "Flower error": lambda: Message(Error(code=0, reason=SECRET), reply_to=message(RecordDict())),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_reply_is_dropped_and_the_round_goes_on(kind: str) -> None:
+    """Whatever one site sends, the others' updates are there, and its reason repeats nothing of what was sent."""
+    replies = collect([BAD[kind](), good(3), good(4, 2.0)], ROSTER, TERMS, LIKE)
+    assert sorted(replies.updates) == ["east", "south"]
+    assert set(replies.refused) == {"north"}
+    assert replies.refused["north"]
+    assert SECRET not in replies.refused["north"]
+    assert replies.updates["south"]["b"].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("status", [status for status in Status if status is not Status.OK])
+def test_a_refusal_is_kept_as_its_code(status: Status) -> None:
+    """A site that refuses is recorded with the word it sent."""
+    replies = collect([reply_message(reply_to_content(Reply(TERMS, status)))], {2: "north"}, TERMS, LIKE)
+    assert replies.refused == {"north": status.value}
+
+
+def test_a_site_that_does_not_answer_is_recorded() -> None:
+    """No reply within the round is a reason like any other."""
+    assert collect([good(3)], ROSTER, TERMS, LIKE).refused == {"north": "no reply", "south": "no reply"}
+
+
+def test_nodes_outside_the_roster_have_no_say() -> None:
+    """A reply of an unknown node is dropped: names come from the roster, never from a reply."""
+    replies = collect([good(99), good(2)], {2: "north"}, TERMS, LIKE)
+    assert (sorted(replies.updates), replies.refused) == (["north"], {})
+
+
+def test_a_second_reply_of_a_site_is_dropped() -> None:
+    """One site, one update: what comes after a usable reply changes nothing, good or bad."""
+    replies = collect([good(2, 1.0), good(2, 9.0), BAD["NaN"]()], {2: "north"}, TERMS, LIKE)
+    assert replies.updates["north"]["b"].tolist() == [1.0, 1.0]
+    assert replies.refused == {}
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.sampled_from([*BAD, "good 2", "good 3", "good 4", "stranger"]), max_size=8))
+def test_updates_and_refusals_share_out_the_roster(kinds: list[str]) -> None:
+    """Any mix of replies: every site of the roster has an update or a reason, none both, and nothing is raised."""
+    made = {
+        "good 2": lambda: good(2),
+        "good 3": lambda: good(3),
+        "good 4": lambda: good(4),
+        "stranger": lambda: good(7),
+    }
+    replies = collect([{**BAD, **made}[kind]() for kind in kinds], ROSTER, TERMS, LIKE)
+    assert set(replies.updates) | set(replies.refused) == set(ROSTER.values())
+    assert set(replies.updates) & set(replies.refused) == set()
+    assert set(replies.updates) == {ROSTER[node] for node in ROSTER if f"good {node}" in kinds}
+
+
+def test_quorum_counts_usable_updates() -> None:
+    """Exactly the quorum passes; one fewer raises, naming round, count, quorum and every reason."""
+    replies = Replies({"north": update(), "east": update()}, {"south": "LOCAL_FAILURE"})
+    replies.require(2, 7)
+    with pytest.raises(QuorumError, match=r"round 7: 2 usable updates, the study's quorum is 3 \(south: LOCAL_FAILURE"):
+        replies.require(3, 7)
