@@ -75,6 +75,8 @@ class MemoryLedger:
     _accounts: dict[str, _Account] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.cap > 0 or not 0 < self.delta < 1:  # written so that NaN is refused: it would admit everything
+            raise BudgetError(f"cap = {self.cap} must be > 0 and delta = {self.delta} in (0, 1); correct the site file")
         self.order = best_order(self.cap, self.delta) if self.cap < float("inf") else 2.0
 
     def admit(self, study: str, plan: Plan) -> float:
@@ -86,19 +88,19 @@ class MemoryLedger:
             return account.epsilon
         if plan.delta > self.delta:
             raise BudgetError(f"plan's delta {plan.delta} exceeds the cohort's {self.delta}; lower the study's delta")
-        epsilon = self._price(plan)
-        if epsilon > self.cap:
+        before = [account.plan for account in self._accounts.values()]
+        epsilon = self._price([*before, plan])
+        if not epsilon <= self.cap:
             raise BudgetError(
-                f"epsilon {epsilon:.4g} with what was spent before exceeds the cohort's cap {self.cap}; "
-                "take a smaller epsilon or fewer rounds"
+                f"epsilon {epsilon:.4g} (this plan {self._price([plan]):.4g}, spent before {self._price(before):.4g}) "
+                f"exceeds the cohort's cap {self.cap}; take a smaller epsilon or fewer rounds"
             )
         self._accounts[study] = _Account(plan, epsilon)
         return epsilon
 
-    def _price(self, plan: Plan) -> float:
-        if not self._accounts:
-            return epsilon_of(plan)
-        plans = [account.plan for account in self._accounts.values()] + [plan]
+    def _price(self, plans: list[Plan]) -> float:
+        if len(plans) <= 1:
+            return epsilon_of(plans[0]) if plans else 0.0
         return filter_epsilon((rdp_of(p, self.order) for p in plans), self.order, self.delta)
 
     def attempt(self, study: str, round_number: int, steps: int, weights_digest: str) -> Attempt | bytes:

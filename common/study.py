@@ -16,7 +16,7 @@ from common.errors import ConfigurationError
 from common.privacy.accounting import noise_multiplier_for
 from common.privacy.plan import Plan
 from common.schema import FeatureSchema
-from common.terms import Terms, parse, read_yaml
+from common.terms import Terms, load, parse, read_yaml
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Pool = Literal["last_state", "mean_state", "mean_input", "last_input"]
@@ -124,18 +124,23 @@ class Study(Terms):
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     simulation: Simulation = Simulation()
 
+    @field_validator("sites")
+    @classmethod
+    def _alphabetical(cls, sites: dict[str, SiteTerms]) -> dict[str, SiteTerms]:
+        return dict(sorted(sites.items()))  # equal terms, equal digest: then also equal order wherever sites are summed
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.quorum > len(self.sites):
             raise ValueError(
                 f"quorum = {self.quorum} must be <= {len(self.sites)}, the number of sites; lower it or add sites"
             )
-        smallest = min(self.sites, key=lambda name: self.sites[name].declared_patients)
-        declared = self.sites[smallest].declared_patients
+        largest = max(self.sites, key=lambda name: self.sites[name].declared_patients)
+        declared = self.sites[largest].declared_patients
         if self.privacy.delta >= 1 / declared:
             raise ValueError(
                 f"privacy.delta = {self.privacy.delta} must be < {1 / declared:.3g}, one over the declared patients "
-                f"of site `{smallest}` ({declared}); lower delta"
+                f"of the largest site `{largest}` ({declared}); lower delta"
             )
         if self.model.cell == "none" and not {"mean_input", "last_input"} & set(self.model.pooling):
             raise ValueError("model.pooling of `cell: none` must name mean_input or last_input")
@@ -189,7 +194,5 @@ def load_study(path: Path) -> Study:
         raise ConfigurationError(f"{path}: expected a mapping of keys to values, got {type(data).__name__}")
     features = data.get("features")
     if isinstance(features, str):
-        data = {**data, "features": read_yaml(path.parent / features)}
-        if not isinstance(data["features"], dict):
-            raise ConfigurationError(f"{path.parent / features}: expected a mapping of keys to values")
+        data = {**data, "features": load(path.parent / features, FeatureSchema)}
     return parse(data, Study, str(path))

@@ -10,10 +10,11 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Tag, ValidationError, ValidationInfo, field_validator
 
 from common.errors import ConfigurationError
 
@@ -21,9 +22,20 @@ MAX_FILE_BYTES = 4_000_000  # a code list of 50,000 entries fits; a decompressio
 
 
 class Terms(BaseModel):
-    """Base of everything that is read from YAML: frozen, unknown keys refused, numbers finite."""
+    """Base of everything that is read from YAML: frozen, unknown keys refused, numbers finite, `yes` is no number."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Otherwise pydantic reads `rounds: yes` as 1."""
+        answers = isinstance(value, bool) or (isinstance(value, list) and any(isinstance(v, bool) for v in value))
+        if answers and info.field_name is not None:
+            wanted = _flatten(cls.model_fields[info.field_name].annotation)
+            if not any(leaf is bool or leaf is True or leaf is False for leaf in wanted):
+                raise ValueError("yes, no, true and false stand for no number or word here; write the value")
+        return value
 
     def digest(self) -> str:
         """sha256 over the canonical JSON of the terms: equal terms, equal digest, whatever the file's layout."""
@@ -51,7 +63,7 @@ class _PlainLoader(yaml.SafeLoader):
                 raise ConfigurationError(f"line {key_node.start_mark.line + 1}: a key must be a plain word")
             if key in seen:
                 raise ConfigurationError(
-                    f"line {key_node.start_mark.line + 1}: key `{key}` appears twice; keep one of them"
+                    f"line {key_node.start_mark.line + 1}: key `{_plain(key)}` appears twice; keep one of them"
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -62,15 +74,15 @@ def read_yaml(path: Path) -> Any:
     try:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
-            raise ConfigurationError(f"{path}: {size} bytes, more than the {MAX_FILE_BYTES} allowed")
+            raise ConfigurationError(f"{size} bytes, more than the {MAX_FILE_BYTES} allowed; name another file")
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)  # noqa: S506 (a SafeLoader subclass)
     except FileNotFoundError:
         raise ConfigurationError(f"{path}: no such file; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: cannot be read ({type(error).__name__}); expected UTF-8 YAML") from None
     except ConfigurationError as error:
-        raise ConfigurationError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigurationError(f"{path}: {error}") from None
+    except Exception as error:  # yaml's own, RecursionError, and what `!!bool maybe` or `2020-13-45` raise inside yaml
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or type(error).__name__
@@ -96,31 +108,53 @@ def parse(data: dict[str, Any], model: type[T], where: str) -> T:
 
 def _fault(fault: Any, model: type[Terms]) -> str:
     """One pydantic fault in our words: `key: what is wrong (bound or nearest key)`."""
-    path = [str(part) for part in fault["loc"]]
-    key = ".".join(path)
+    path, fields = _walk(model, fault["loc"])
+    key = ".".join(_plain(part) for part in path)
     if fault["type"] == "extra_forbidden":
-        known = _keys_at(model, path[:-1])
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(sorted(known))}"
-        return f"unknown key `{key}`; {hint}"
+        near = difflib.get_close_matches(path[-1], fields, n=1, cutoff=0.5)
+        return f"unknown key `{key}`; " + (f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(fields)}")
     if fault["type"] == "missing":
         return f"key `{key}` is missing; add it"
     message = fault["msg"].removeprefix("Value error, ")
     value = fault.get("input")
-    shown = f" (got {value!r})" if isinstance(value, str | int | float | bool) and len(str(value)) <= 60 else ""
+    short = isinstance(value, str | float) or (isinstance(value, int) and value.bit_length() < 200)
+    shown = f" (got {value!r})" if short and len(str(value)) <= 60 else ""
     return f"`{key}`: {message}{shown}" if key else f"{message}{shown}"
 
 
-def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """Field names of the model that sits at `path` inside `model`, as far as annotations tell."""
-    current: Any = model
-    for part in path:
-        annotation = current.model_fields[part].annotation if part in getattr(current, "model_fields", {}) else current
-        models = [a for a in _flatten(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if not models:
-            return []
-        current = models[0]
-    return list(getattr(current, "model_fields", {}))
+def _walk(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[list[str], list[str]]:
+    """(the keys of the file that lead to a fault, the field names of the last mapping on the way).
+
+    pydantic's location holds more than keys: the tag of a union's member, and `[key]` where a key itself is wrong.
+    """
+    path: list[str] = []
+    fields: list[str] = []
+    at: Any = model
+    for part in location:
+        while get_origin(at) is Annotated:
+            at = get_args(at)[0]
+        if get_origin(at) in (Union, UnionType):
+            members = [member for member in get_args(at) if member is not NoneType]
+            tagged = [member for member in members if Tag(str(part)) in getattr(member, "__metadata__", ())]
+            at = (tagged or members)[0]
+            if tagged:
+                continue
+        if part != "[key]":
+            path.append(str(part))
+        if isinstance(at, type) and issubclass(at, BaseModel):
+            fields = sorted(at.model_fields)
+            at = at.model_fields[part].annotation if part in at.model_fields else None
+        elif get_origin(at) is dict:
+            at = get_args(at)[1]
+        elif get_origin(at) in (list, tuple):
+            at = get_args(at)[0]
+    return path, fields
+
+
+def _plain(key: Any) -> str:
+    """A key fit for an error message: at most 60 characters, and such as every terminal can print."""
+    text = str(key).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def _flatten(annotation: Any) -> list[Any]:

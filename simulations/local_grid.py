@@ -9,6 +9,7 @@ Processes are spawned, not forked: a fork of a process with torch threads can ha
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 from collections.abc import Callable, Iterable, Mapping
@@ -27,7 +28,6 @@ from client.site import Site
 from common.errors import WardroundError
 
 RUN_ID, SERVER_NODE = 1, 1
-ENDED = "a worker process ended; it may have run out of memory: use fewer workers"
 OpenSite = Callable[[str], Site]
 
 
@@ -53,15 +53,27 @@ class LocalGrid(Grid):
             self._runners = [_Worker(open_site, part) for part in share]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Deliver every message and return all replies, in the order of the messages. `timeout` does not apply."""
+        """Deliver every message and return all replies, in the order of the messages. `timeout` does not apply.
+
+        Raises:
+            WardroundError: a site could not be opened, or its process ended; the other sites' replies are dropped.
+        """
         del timeout
         sent = list(messages)
         for message in sent:
             message.metadata.__dict__["_message_id"] = f"local-{next(self._numbers)}"  # the SuperLink's part
         for runner in self._runners:
             runner.start([m for m in sent if m.metadata.dst_node_id in runner.roster])
-        replies = {r.metadata.src_node_id: r for runner in self._runners for r in runner.finish()}
+        replies: dict[int, Message] = {}
+        failures: list[WardroundError] = []
+        for runner in self._runners:  # all of them: an answer left in its pipe would be taken for the next round's
+            try:
+                replies |= {reply.metadata.src_node_id: reply for reply in runner.finish()}
+            except WardroundError as error:
+                failures.append(error)
         self._identify(SERVER_NODE)
+        if failures:
+            raise failures[0]
         return [replies[m.metadata.dst_node_id] for m in sent]
 
     def get_node_ids(self) -> list[int]:
@@ -136,17 +148,15 @@ class _Worker:
 
     def start(self, messages: list[Message]) -> None:
         """Send a round's messages to the process."""
-        try:
+        with contextlib.suppress(OSError):  # it has ended: finish says so
             self._pipe.send(messages)
-        except OSError:
-            raise WardroundError(ENDED) from None
 
     def finish(self) -> list[Message]:
         """Wait for its replies. Raises what stopped it."""
         try:
             answer = self._pipe.recv()
         except (EOFError, OSError):
-            raise WardroundError(ENDED) from None
+            raise WardroundError("a worker process ended; it may have run out of memory: use fewer workers") from None
         if isinstance(answer, WardroundError):
             raise answer
         return list(answer)
@@ -158,7 +168,6 @@ class _Worker:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-        self._process.close()
 
 
 def _work(pipe: Connection, open_site: OpenSite, roster: Mapping[int, str]) -> None:

@@ -62,7 +62,7 @@ def patient_gradients(
 
 
 def clipped_sum(gradients: Tensor, clip: float) -> Tensor:
-    """[d]: each gradient [P, d] brought to norm <= clip, then added up; a gradient that is not finite counts as zero."""
+    """[d]: each gradient [P, d] brought to norm <= clip, then added up; one that is not finite counts as zero."""
     total = torch.zeros(gradients.shape[1], dtype=torch.float64)
     for gradient in gradients:
         norm = gradient.norm()
@@ -107,9 +107,7 @@ def check_private_sum(private_sum: PrivateSum, gradients: Tensor, clip: float, t
         assert moved <= clip * (1 + tolerance.removal), f"removing a patient moved the sum by {moved / clip!r} C"
 
 
-def book_keeping_sum(
-    network: nn.Module, loss: Callable[[nn.Module, Sequence[int]], Tensor], clip: float
-) -> PrivateSum:
+def book_keeping_sum(network: nn.Module, loss: Callable[[nn.Module, Sequence[int]], Tensor], clip: float) -> PrivateSum:
     """The private sum of wardround's own step: hooks, one backward pass, the sum as the noise would see it.
 
     Args:

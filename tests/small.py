@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,7 @@ from common.records import Request, Terms, Weights, request_to_content
 from common.sequences import Sequences
 from common.study import Study
 from common.terms import parse
-from simulations.hospitals import Hospitals
-from simulations.seeded import SeededRandomness, Silent
+from simulations.seeded import Silent
 
 VALUES, CODES, STATICS = 2, 3, 1
 SITE_NODES = {2: "north", 3: "east"}
@@ -162,10 +160,3 @@ def reply_message(content: RecordDict, *, node: int = 2) -> Message:
 def identify() -> None:
     """Flower stamps messages with the identity of the process's task."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 0
-
-
-def made_up_hospitals(
-    study: Study, directories: dict[str, Path], randomness: type[SeededRandomness] = SeededRandomness
-) -> Hospitals:
-    """The study over the tiny cohort of the `cohort` fixture."""
-    return Hospitals(study, {name: directories[name] for name in study.sites}, 7, randomness)

@@ -8,7 +8,7 @@ Haney et al. 2021, "Precision-based attacks"). The clipped sum g and the noise z
 public grid, a power of two at most 2^-GRID_BITS of the noise's standard deviation, and added there, exactly, in
 float64: the result is a function of (g rounded + z) alone. Rounding moves each coordinate of two neighbouring sums
 by at most half a grid step, so the sensitivity grows by grid * sqrt(d); the standard deviation is raised by that much.
-What is left: Box-Muller on 53-bit uniforms ends at 8.6 standard deviations (adds about d * 1e-17 to delta a step),
+What is left: Box-Muller on 53-bit uniforms ends at 8.6 standard deviations (adds about d * 3e-17 to delta a step),
 and log and cos are rounded, which can matter only at the borders between grid cells.
 
 The alternative that lost: torch.normal on a seeded Mersenne Twister or Philox generator (what Opacus uses), whose
@@ -35,18 +35,21 @@ class Randomness:
     Guarantee:
         Every patient joins independently with probability at most q (q rounded down to a multiple of 2^-64).
         The noise is Gaussian with at least the standard deviation asked for, independent between calls.
-        Two objects, processes or retries never share a key.
+        Two objects, processes or retries never share a key: a forked child is refused, an object cannot be pickled.
     """
 
     def __init__(self) -> None:
         cipher = Cipher(algorithms.AES(self._key()), modes.CTR(bytes(16)))
         self._stream = cipher.encryptor()
+        self._process = os.getpid()
 
     def _key(self) -> bytes:
         return os.urandom(KEY_BYTES)
 
     def bits(self, count: int) -> NDArray[np.uint64]:
         """`count` independent uniform 64-bit words."""
+        if os.getpid() != self._process:
+            raise RuntimeError("randomness was made in another process: a fork would repeat its noise; make a new one")
         if count == 0:
             return np.empty(0, np.uint64)
         return np.frombuffer(self._stream.update(bytes(8 * count)), np.uint64)
@@ -65,7 +68,7 @@ class Randomness:
             size = min(BLOCK, count - start)
             half = (size + 1) // 2
             words = self.bits(2 * half) >> np.uint64(11)
-            uniform = (words.astype(np.float64) + 0.5) * 2.0**-53  # open interval: log stays finite
+            uniform = (words.astype(np.float64) + 0.5) * 2.0**-53  # never 0: log stays finite
             radius = np.sqrt(-2.0 * np.log(uniform[:half]))
             angle = (2.0 * math.pi) * uniform[half:]
             pairs = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
@@ -78,9 +81,9 @@ class Randomness:
         Args:
             clipped_sum: float64 [d], finite, of L2 sensitivity `clip`.
             clip: C > 0.
-            noise_multiplier: sigma > 0.
+            noise_multiplier: sigma > 0; without noise there is nothing to call this for.
         """
-        grid = 2.0 ** (math.ceil(math.log2(noise_multiplier * clip)) - GRID_BITS)
+        grid = 2.0 ** (math.floor(math.log2(noise_multiplier * clip)) - GRID_BITS)
         deviation = noise_multiplier * (clip + grid * math.sqrt(clipped_sum.size))
         noise = self.normal(clipped_sum.size) * deviation
         return grid * (np.rint(clipped_sum / grid) + np.rint(noise / grid))

@@ -47,7 +47,7 @@ def small_study(folder: Path, **changes: object) -> Path:
             place = place[section]
         place[key] = value
     file = folder / "study.yaml"
-    file.write_text(yaml.safe_dump(terms))
+    file.write_text(yaml.safe_dump(terms, sort_keys=False))
     return file
 
 
@@ -208,7 +208,7 @@ BAD_RECORDS = {
     "missing column": "code",
     "two splits": "split",
     "labels without events": "label",
-    "one class": "one class",
+    "one class": "both classes",
     "all features missing": "code",
     "prediction before events": "prediction",
     "infinite value": "numeric_value",

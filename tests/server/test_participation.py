@@ -57,7 +57,7 @@ BAD: dict[str, Callable[[], Message]] = {
     "NaN": lambda: _update(_partly(math.nan)),
     "infinite": lambda: _update(_partly(-math.inf)),
     "other shape": lambda: _update(lambda w: {**w, "b": np.zeros(3, np.float32)}),
-    "other precision": lambda: _update(lambda w: {**w, "b": np.zeros(2, np.float64)}),  # type: ignore[dict-item]  # the fault
+    "other precision": lambda: _update(lambda w: {**w, "b": np.zeros(2, np.float64)}),
     "missing array": lambda: _update(lambda w: {"w": w["w"]}),
     "extra array": lambda: _update(lambda w: {**w, "x": np.zeros(1, np.float32)}),
     "earlier round": lambda: _terms(round_number=4),
@@ -112,13 +112,9 @@ def test_a_second_reply_of_a_site_is_dropped() -> None:
 @given(st.lists(st.sampled_from([*BAD, "good 2", "good 3", "good 4", "stranger"]), max_size=8))
 def test_updates_and_refusals_share_out_the_roster(kinds: list[str]) -> None:
     """Any mix of replies: every site of the roster has an update or a reason, none both, and nothing is raised."""
-    made = {
-        "good 2": lambda: good(2),
-        "good 3": lambda: good(3),
-        "good 4": lambda: good(4),
-        "stranger": lambda: good(7),
-    }
-    replies = collect([{**BAD, **made}[kind]() for kind in kinds], ROSTER, TERMS, LIKE)
+    nodes = {"good 2": 2, "good 3": 3, "good 4": 4, "stranger": 7}
+    messages = [good(nodes[kind]) if kind in nodes else BAD[kind]() for kind in kinds]
+    replies = collect(messages, ROSTER, TERMS, LIKE)
     assert set(replies.updates) | set(replies.refused) == set(ROSTER.values())
     assert set(replies.updates) & set(replies.refused) == set()
     assert set(replies.updates) == {ROSTER[node] for node in ROSTER if f"good {node}" in kinds}
