@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pickle
+import time
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
@@ -19,7 +20,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from client.app import build_app
 from client.site import Site
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, WardroundError
 from common.models.network import build_network
 from common.records import Weights
 from common.training import state_of
@@ -27,6 +28,7 @@ from server.rounds import run
 from server.strategy import FederatedAveraging
 from simulations.hospitals import Hospitals
 
+PATIENCE = 60.0  # seconds
 _opened: dict[str, Site] = {}  # of this actor, whose process serves one run: opening a site costs more than a round
 
 
@@ -100,8 +102,16 @@ def _train(hospitals: Hospitals, name: str, message: Message, context: Context) 
 
 def _ask_names(grid: Grid, count: int) -> dict[int, str]:
     """Node id -> site name, once all `count` virtual nodes have answered."""
-    nodes = list(grid.get_node_ids())
-    assert len(nodes) == count, "Flower registers all virtual nodes before the server starts"
-    messages = [Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY) for node in nodes]
+    messages = [Message(RecordDict(), dst_node_id=n, message_type=MessageType.QUERY) for n in _all_nodes(grid, count)]
     replies = grid.send_and_receive(messages)
     return {r.metadata.src_node_id: str(r.content["site"]["name"]) for r in replies}
+
+
+def _all_nodes(grid: Grid, count: int) -> list[int]:
+    """Flower starts the server first and registers its virtual nodes a moment later."""
+    until = time.monotonic() + PATIENCE
+    while len(nodes := list(grid.get_node_ids())) < count:
+        if time.monotonic() > until:
+            raise WardroundError(f"Flower registered {len(nodes)} of {count} virtual nodes in {PATIENCE:.0f} s")
+        time.sleep(0.01)
+    return nodes

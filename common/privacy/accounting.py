@@ -1,9 +1,10 @@
 """What a plan costs: events are recorded (`event`), and priced separately (`epsilon_of`, `rdp_of`).
 
 Accountant: Google's dp-accounting. The printed guarantee is a privacy-loss-distribution (PLD) epsilon with
-pessimistic discretisation (Koskela et al. 2020; Doroshenko et al. 2022), or a smaller bound where one is known. Renyi orders serve the ledger's filter
-(Feldman and Zrnic 2021), because PLD composition assumes that all plans were fixed beforehand. Opacus's PRV
-accountant is the cross-check in the tests, not used here: it adds a constant .01 and fails at large epsilon.
+pessimistic discretisation (Koskela et al. 2020; Doroshenko et al. 2022), or a smaller bound where one is known.
+Renyi orders serve the ledger's filter (Feldman and Zrnic 2021), because PLD composition assumes that all plans were
+fixed beforehand. Opacus's PRV accountant is the cross-check in the tests, not used here: it adds a constant .01 and
+fails at large epsilon.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 import dp_accounting as dp
+import numpy as np
 from dp_accounting import pld, rdp
 
 from common.errors import PlanError
@@ -60,7 +62,8 @@ def _epsilon(sampling_rate: float, noise_multiplier: float, steps: int, delta: f
     steps the accountant is too low by .03 without that. Where PLD cannot be computed, the Renyi bound stands in.
     """
     if sampling_rate == 1:
-        return float(dp.get_epsilon_gaussian(noise_multiplier / math.sqrt(steps), delta))  # Balle and Wang 2018
+        with np.errstate(divide="ignore"):  # far above epsilon, delta is 0 in floating point, and its logarithm -inf
+            return float(dp.get_epsilon_gaussian(noise_multiplier / math.sqrt(steps), delta))  # Balle and Wang 2018
     priced = event(sampling_rate, noise_multiplier, steps)
     renyi = _renyi_epsilon(priced, delta)
     exact_delta = delta - FFT_DELTA * steps

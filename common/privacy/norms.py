@@ -16,7 +16,7 @@ that stands the gross norm s = sum_t ||a_t|| ||x_t||, which no cancellation shri
 type, the Gram form of ||G||^2 is off by at most (G + F + 2) u s^2, and the formed G by at most T u s (Higham 2002,
 section 3.1, for any order of summation). So:
 
-- Where a norm comes out smaller than s / 8, it is computed again, in float64. Rows that merely differ do not get there
+- Where a norm comes out smaller than s / 8, the product is formed in float64. Rows that merely differ do not get there
   (random rows: s / 2 to s / 8 for up to 300 steps), rows that cancel do. Rejected: adding a multiple of s^2 instead,
   which inflates exactly the norms of patients whose sequences disagree; and float64 always, a fifth of a step slower.
   Time then depends a little on the data, as it does on the batch's size; no guarantee covers time.
@@ -25,8 +25,8 @@ section 3.1, for any order of summation). So:
 
 Guarantee:
     For any finite input, true norm <= reported norm x (1 + r), with r at most 16 (G + F + 2) eps by the Gram form and
-    (4 T + G / 4) eps by the product: both below 1.3e-3 in float32 for G + F = 640, T = 2,000. That is the worst case
-    over all roundings; roundings cancel, and tests see 1e-6.
+    (4 T + G / 4) eps by the product: both below 1.3e-3 in float32 for G + F = 640, T = 2,000. For rows that cancel, r
+    is at most 256 T eps of float64. That is the worst case over all roundings; roundings cancel, and tests see 1e-6.
     Non-finite rows, and products that overflow, give a norm that is not finite, never a small one.
 """
 
@@ -44,7 +44,7 @@ from torch.linalg import vector_norm
 
 from common.privacy.rows import Rows
 
-DOUBTFUL = 1 / 8  # of the gross norm: a smaller norm is computed again in float64
+DOUBTFUL = 1 / 8  # of the gross norm: for a smaller norm the product is formed in float64
 FLOOR = 1 / 512  # of the gross norm: no norm is reported smaller
 GRAM_PRICE = 1.4  # a multiplication of the Gram form, in those of a formed product (measured: 1.0 to 1.4)
 
@@ -105,7 +105,7 @@ def squared_norms(rows: Rows, A: Tensor, factors: Sequence[Factor]) -> SquaredNo
         doubtful = (net < gross * DOUBTFUL**2).nonzero()[:, 0]
         if len(doubtful):
             exact = [None if x is None else x[doubtful].double() for x in xs]
-            net[doubtful] = form(a[doubtful].double(), exact, factors).net
+            net[doubtful] = _by_product(a[doubtful].double(), exact, factors).net
         total.net.index_add_(0, group.patients, net)
         total.gross.index_add_(0, group.patients, gross)
     return total

@@ -102,7 +102,7 @@ def test_ragged_batches_equal_torch(lengths: list[int], kind: str, bidirectional
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_agree_with_finite_differences(kind: str) -> None:
-    """The gradcheck of torch passes on an unsorted packed batch through two layers in both directions, initial states included."""
+    """Gradients pass gradcheck: unsorted packed batch, two layers, both directions, initial states included."""
     torch.manual_seed(1)
     name, options = "RNN" if kind == "ReLU" else kind, KINDS[kind]
     layer = getattr(recurrent, name)(2, 2, num_layers=2, bidirectional=True, dtype=torch.float64, **options)
