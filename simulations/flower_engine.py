@@ -28,7 +28,7 @@ from server.rounds import run
 from server.strategy import FederatedAveraging
 from simulations.hospitals import Hospitals
 
-PATIENCE = 60.0  # seconds
+PATIENCE = 180.0  # seconds until all virtual sites have answered once; a crashed Ray must not be waited for forever
 _opened: dict[str, Site] = {}  # of this actor, whose process serves one run: opening a site costs more than a round
 
 
@@ -103,7 +103,9 @@ def _train(hospitals: Hospitals, name: str, message: Message, context: Context) 
 def _ask_names(grid: Grid, count: int) -> dict[int, str]:
     """Node id -> site name, once all `count` virtual nodes have answered."""
     messages = [Message(RecordDict(), dst_node_id=n, message_type=MessageType.QUERY) for n in _all_nodes(grid, count)]
-    replies = grid.send_and_receive(messages)
+    replies = list(grid.send_and_receive(messages, timeout=PATIENCE))
+    if len(replies) < count or any(reply.has_error() for reply in replies):
+        raise WardroundError(f"not all {count} virtual sites answered in {PATIENCE:.0f} s; see Ray's log above")
     return {r.metadata.src_node_id: str(r.content["site"]["name"]) for r in replies}
 
 

@@ -111,6 +111,14 @@ def table(scores: list[SiteScore], title: str) -> Table:
     return out
 
 
+def spent(epsilon: dict[str, float]) -> str:
+    """Epsilon of the steps so far, per site; said once where it is the same at all of them."""
+    shown = {site: "none" if math.isinf(value) else f"{value:.2f}" for site, value in epsilon.items()}
+    if len(set(shown.values())) == 1:
+        return f"{next(iter(shown.values()))} at each of {len(shown)} sites"
+    return "  ".join(f"{site} {value}" for site, value in shown.items())
+
+
 def lines_table(result: Result, lines: dict[str, Result]) -> Table:
     """AUROC of the study and of each line beside it, on every site's held-out patients and pooled.
 

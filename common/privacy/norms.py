@@ -12,9 +12,9 @@ section 4, for the Gram form). The cheaper one is taken, per group of patients.
 Floating point is where a norm stops being a bound. If a patient's rows cancel, the Gram form subtracts large numbers
 to get a small one: in float32 it can come out as zero, or below, while G is not zero, and the patient is then scaled
 up to a contribution without limit (Opacus 1.6's ghost mode does this: 3,095 times the clip bound, measured). Against
-that stands the gross norm s = sum_t ||a_t|| ||x_t||, which no cancellation shrinks. With u = eps / 2 of the model's
-type, the Gram form of ||G||^2 is off by at most (G + F + 2) u s^2, and the formed G by at most T u s (Higham 2002,
-section 3.1, for any order of summation). So:
+that stands the gross norm s = sum_t ||a_t|| ||x_t||, the sum of the rows' own norms, which no cancellation shrinks.
+With u = eps / 2 of the model's type, the Gram form of ||G||^2 is off by at most (G + F + 2) u s^2, and the formed G
+by at most T u s (Higham 2002, section 3.1, for any order of summation). So:
 
 - Where a norm comes out smaller than s / 8, the product is formed in float64. Rows that merely differ do not get there
   (random rows: s / 2 to s / 8 for up to 300 steps), rows that cancel do. Rejected: adding a multiple of s^2 instead,
@@ -50,7 +50,7 @@ GRAM_PRICE = 1.4  # a multiplication of the Gram form, in those of a formed prod
 
 
 class SquaredNorms(NamedTuple):
-    """Squared norms [P] float64 of each patient's gradient, and of its gradient if no rows cancelled."""
+    """Squared norms [P] float64 of each patient's gradient, and of what it would be if no rows cancelled (at least)."""
 
     net: Tensor
     gross: Tensor
@@ -113,41 +113,33 @@ def squared_norms(rows: Rows, A: Tensor, factors: Sequence[Factor]) -> SquaredNo
 
 def _by_gram(a: Tensor, xs: Sequence[Tensor | None], factors: Sequence[Factor]) -> SquaredNorms:
     """Sum over s, t of (a_s . a_t) (x_s . x_t + 1). a: [p, T, columns], x: [p, T, F]."""
-    pieces = {first: _dot_products(a[:, :, first:last]) for first, last in _pieces(factors)}
-    net = gross = torch.zeros(len(a), dtype=torch.float64, device=a.device)
+    cuts = sorted({cut for factor in factors for cut in (factor.first, factor.last)})
+    pieces = {first: _dot_products(a[:, :, first:last]) for first, last in itertools.pairwise(cuts)}
+    net, alone = a.new_zeros(len(a), dtype=torch.float64), a.new_zeros(a.shape[:2], dtype=torch.float64)
     for factor, x in zip(factors, xs, strict=True):
-        terms = _over(factor, pieces) * (factor.bias if x is None else _dot_products(x) + factor.bias)
-        net = net + terms.sum((1, 2)).clamp(min=0)
-        gross = gross + terms.diagonal(dim1=1, dim2=2).sqrt().sum(1).square()
-    return SquaredNorms(net, gross)
+        aa = [piece for first, piece in pieces.items() if factor.first <= first < factor.last]
+        xx = factor.bias if x is None else _dot_products(x) + factor.bias
+        terms = functools.reduce(torch.add, aa) * xx
+        net += terms.sum((1, 2)).clamp(min=0)
+        alone += terms.diagonal(dim1=1, dim2=2)
+    return SquaredNorms(net, alone.sqrt().sum(1).square())
 
 
 def _by_product(a: Tensor, xs: Sequence[Tensor | None], factors: Sequence[Factor]) -> SquaredNorms:
     """||G||^2 from G = sum_t a_t [x_t, 1]', in the type of `a`. a: [p, T, columns], x: [p, T, F]."""
-    pieces = {first: _squares(a[:, :, first:last]) for first, last in _pieces(factors)}
     column_sums = a.sum(1).double() if any(factor.bias for factor in factors) else None
-    net = gross = torch.zeros(len(a), dtype=torch.float64, device=a.device)
+    net, inputs = a.new_zeros(len(a), dtype=torch.float64), a.new_zeros(a.shape[:2], dtype=torch.float64)
     for factor, x in zip(factors, xs, strict=True):
         columns = slice(factor.first, factor.last)
         if x is not None:
             product = torch.bmm(x.transpose(1, 2), a[:, :, columns])  # x'a: faster than a'x, its wide side last
-            net = net + _squares(product).sum(1)
+            net += _squares(product).sum(1)
+            inputs += _squares(x)
         if factor.bias and column_sums is not None:
-            net = net + column_sums[:, columns].square().sum(1)
-        terms = _over(factor, pieces) * (factor.bias if x is None else _squares(x) + factor.bias)
-        gross = gross + terms.sqrt().sum(1).square()
-    return SquaredNorms(net, gross)
-
-
-def _pieces(factors: Sequence[Factor]) -> list[tuple[int, int]]:
-    """The columns of A cut so that each factor's are whole pieces: shared ones are then multiplied once."""
-    return list(itertools.pairwise(sorted({cut for factor in factors for cut in (factor.first, factor.last)})))
-
-
-def _over(factor: Factor, pieces: dict[int, Tensor]) -> Tensor:
-    """Sum of what was computed for each piece, over the factor's columns."""
-    mine = [piece for first, piece in pieces.items() if factor.first <= first < factor.last]
-    return functools.reduce(torch.add, mine)
+            net += column_sums[:, columns].square().sum(1)
+            inputs += 1
+    alone = _squares(a) * inputs  # at least: a factor may belong to some columns only
+    return SquaredNorms(net, alone.sqrt().sum(1).square())
 
 
 def _dot_products(m: Tensor) -> Tensor:

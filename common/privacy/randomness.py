@@ -83,7 +83,7 @@ class Randomness:
             clip: C > 0.
             noise_multiplier: sigma > 0; without noise there is nothing to call this for.
         """
-        grid = 2.0 ** (math.floor(math.log2(noise_multiplier * clip)) - GRID_BITS)
+        grid = math.ldexp(0.5, math.frexp(noise_multiplier * clip)[1] - GRID_BITS)  # frexp: exact, where log2 rounds
         deviation = noise_multiplier * (clip + grid * math.sqrt(clipped_sum.size))
         noise = self.normal(clipped_sum.size) * deviation
         return grid * (np.rint(clipped_sum / grid) + np.rint(noise / grid))

@@ -61,7 +61,7 @@ def command(
         for site, reason in progress.refused.items():
             console.print(f"round {progress.round_number}: {site} sent no update ({reason})", highlight=False)
         if progress.auroc is not None:
-            spent = "  ".join(f"{site} {value:.2f}" for site, value in progress.epsilon.items())
+            spent = run_folder.spent(progress.epsilon)
             console.print(
                 f"round {progress.round_number:>{len(str(progress.rounds))}}/{progress.rounds}  "
                 f"AUROC {progress.auroc:.3f}  epsilon so far: {spent}",

@@ -70,7 +70,7 @@ def test_prints_table_and_stamp(finished: tuple[Path, str]) -> None:
     out, printed = finished
     for site in (*SITES, "pooled"):
         assert re.search(rf"{site}\W+\d+\W+3\.000\W+0?\.\d+ \[0?\.\d+, 0?\.\d+\]\W+0?\.\d+", printed), printed
-    assert "epsilon so far: north" in printed
+    assert re.search(r"round 4/4  AUROC 0\.\d+  epsilon so far: \d\.\d\d at each of 2 sites", printed), printed
     assert "these weights are not private" in printed
     assert "logistic" in printed
     assert "alone" in printed

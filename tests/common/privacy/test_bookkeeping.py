@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.common.privacy.cases import CELLS, POOLINGS, altered, loss_over, make
 from tests.oracles import (
     FLOAT32,
     FLOAT64,
+    Tolerance,
     book_keeping_sum,
     check_private_sum,
     clipped_sum,
@@ -29,8 +31,8 @@ DTYPES = pytest.mark.parametrize(
 )
 
 
-def _optimizer(network: nn.Module, clip: float = 1.0, sigma: float = 0.0, **options: object) -> BookKeepingOptimizer:
-    defaults: dict[str, object] = {"expected_batch_size": 1.0}
+def _optimizer(network: nn.Module, clip: float = 1.0, sigma: float = 0.0, **options: Any) -> BookKeepingOptimizer:
+    defaults: dict[str, Any] = {"expected_batch_size": 1.0}
     return BookKeepingOptimizer(
         torch.optim.SGD(network.parameters(), lr=1.0),
         noise_multiplier=sigma,
@@ -51,8 +53,16 @@ def _optimizer(network: nn.Module, clip: float = 1.0, sigma: float = 0.0, **opti
     share=st.floats(0.3, 3.0),
 )
 def test_clipped_sum_norms_and_sensitivity(
-    dtype, tolerance, seed, patients, cell, pooling, num_layers, bidirectional, share
-):
+    dtype: torch.dtype,
+    tolerance: Tolerance,
+    seed: int,
+    patients: int,
+    cell: str,
+    pooling: tuple[str, ...],
+    num_layers: int,
+    bidirectional: bool,
+    share: float,
+) -> None:
     """On random ragged batches in random order, 1 to 5 sequences per patient: sum, norms and removal as promised."""
     network, twin = twins(cell, pooling, seed, dtype, num_layers=num_layers, bidirectional=bidirectional)
     loss = loss_over(make_cohort(seed, patients, dtype), seed)
@@ -69,7 +79,9 @@ def test_clipped_sum_norms_and_sensitivity(
     pooling=st.sampled_from(POOLINGS),
     change=st.sampled_from(["x1000", "x1e30", "nan", "inf", "one nan"]),
 )
-def test_extreme_patients_are_bounded_too(dtype, tolerance, seed, cell, pooling, change):
+def test_extreme_patients_are_bounded_too(
+    dtype: torch.dtype, tolerance: Tolerance, seed: int, cell: str, pooling: tuple[str, ...], change: str
+) -> None:
     """A patient scaled by 1e3 or 1e30, or with NaN or infinity somewhere, moves the sum by at most C."""
     changes: dict[str, Callable[[Tensor], Tensor]] = {
         "x1000": lambda v: v * 1e3,
@@ -87,7 +99,7 @@ def test_extreme_patients_are_bounded_too(dtype, tolerance, seed, cell, pooling,
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_patient_with_nan_leaves_the_others_alone(cell, bad):
+def test_a_patient_with_nan_leaves_the_others_alone(cell: str, bad: float) -> None:
     """The sum with a non-finite patient equals the sum without that patient."""
     network, _ = twins(cell, ("last", "mean"), 3, torch.float64)
     loss = loss_over(altered(make_cohort(3, 5, torch.float64), 2, lambda v: v * bad))
@@ -100,7 +112,7 @@ def test_a_patient_with_nan_leaves_the_others_alone(cell, bad):
 
 
 @DTYPES
-def test_micro_batches_give_the_sum_of_one_batch(dtype, tolerance):
+def test_micro_batches_give_the_sum_of_one_batch(dtype: torch.dtype, tolerance: Tolerance) -> None:
     """Cutting a batch between patients changes the update by rounding only."""
     updates = []
     for cuts in ([range(6)], [[0], [1, 2], [3, 4, 5]], [[p] for p in range(6)]):
@@ -130,7 +142,7 @@ def _cancelling(patients: int, steps: int, inputs: int, outputs: int) -> tuple[T
 
 
 @pytest.mark.parametrize("width", [4, 64], ids=["by product", "by Gram"])
-def test_patients_that_cancel_are_bounded(width):
+def test_patients_that_cancel_are_bounded(width: int) -> None:
     """400 patients whose 16 rows all but cancel: none contributes more than C (1 + 1e-4) to a float32 sum."""
     torch.manual_seed(0)
     a, x = _cancelling(400, 16, width, width)
@@ -146,11 +158,11 @@ def test_patients_that_cancel_are_bounded(width):
     assert float((weights * exact.flatten(1).norm(dim=1)).max()) <= clip
     for patient in range(400):
         alone = gradients.weighted_sum(weights * (torch.arange(400) == patient))
-        assert float(sum(s.square().sum() for s in alone.values()).sqrt()) <= clip * (1 + 1e-4)
+        assert math.sqrt(sum(float(s.square().sum()) for s in alone.values())) <= clip * (1 + 1e-4)
     hooks.cleanup()
 
 
-def test_clip_weights_never_lift_a_patient_above_the_bound():
+def test_clip_weights_never_lift_a_patient_above_the_bound() -> None:
     """Weight times norm is at most C after rounding to float32; zero norms give 1, non-finite norms give 0."""
     norms = torch.cat([torch.logspace(-12, 12, 2001, dtype=torch.float64), torch.tensor([0.0, math.inf, math.nan])])
     weights = clip_weights(norms, 0.3, torch.float32)
@@ -169,7 +181,7 @@ class _Recorder:
         return flat + 1.0
 
 
-def test_noise_is_added_once_to_everything_and_divided():
+def test_noise_is_added_once_to_everything_and_divided() -> None:
     """One call with the flat float64 sum of all parameters in the optimizer's order and sigma C; then the division."""
     network, twin = twins("LSTM", ("last",), 2, torch.float64)
     loss, noise = loss_over(make_cohort(2, 3, torch.float64)), _Recorder()
@@ -187,7 +199,7 @@ def test_noise_is_added_once_to_everything_and_divided():
     torch.testing.assert_close(before - after, (flat + 1.0) / 2.5, rtol=0, atol=1e-12)
 
 
-def test_no_noise_is_drawn_for_multiplier_zero():
+def test_no_noise_is_drawn_for_multiplier_zero() -> None:
     """With noise_multiplier 0 the noise function is not called."""
     network, noise = nn.Linear(2, 1), _Recorder()
     BookKeepingHooks(network, loss_reduction="sum")
@@ -197,7 +209,7 @@ def test_no_noise_is_drawn_for_multiplier_zero():
     assert noise.calls == []
 
 
-def test_an_empty_batch_steps_with_noise():
+def test_an_empty_batch_steps_with_noise() -> None:
     """A declared empty batch noises a sum of zero and steps, whether or not a forward pass ran."""
     for forward in (False, True):
         network, noise = nn.Linear(2, 1), _Recorder()
@@ -214,7 +226,7 @@ def test_an_empty_batch_steps_with_noise():
         torch.testing.assert_close(network.weight, before - 1.0)
 
 
-def test_a_batch_of_no_patients_passes_through_every_layer():
+def test_a_batch_of_no_patients_passes_through_every_layer() -> None:
     """Forward and backward on zero rows, through recurrent, linear, embedding, norm and functorch layers, give zero."""
     network = nn.ModuleDict({"gru": GRU(3, 4), "head": nn.Linear(4, 2), "norm": nn.LayerNorm(2), "odd": _Scale(2)})
     network["codes"], network["bag"] = nn.Embedding(5, 2), nn.EmbeddingBag(5, 2)
@@ -229,9 +241,10 @@ def test_a_batch_of_no_patients_passes_through_every_layer():
     assert all(torch.equal(p, b) for p, b in zip(network.parameters(), before, strict=True))
 
 
-def test_a_parameter_that_the_pass_did_not_use_gets_noise_alone():
+def test_a_parameter_that_the_pass_did_not_use_gets_noise_alone() -> None:
     """A trained parameter without any record has sum zero and is noised like the others."""
-    network, noise = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 1)}), _Recorder()
+    network: Any = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 1)})
+    noise = _Recorder()
     BookKeepingHooks(network, loss_reduction="sum")
     optimizer = _optimizer(network, sigma=1.0, noise=noise)
     unused = network["unused"].weight.detach().clone()

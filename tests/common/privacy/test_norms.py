@@ -50,7 +50,9 @@ def _check(rows: Rows, A: Tensor, factors: list[Factor]) -> None:
     bias=st.booleans(),
     scale=st.sampled_from([1e-6, 1.0, 1e6]),
 )
-def test_norms_of_random_rows(dtype, form, seed, patients, most, widths, bias, scale):
+def test_norms_of_random_rows(
+    dtype: str, form: str, seed: int, patients: int, most: int, widths: tuple[int, int, int], bias: bool, scale: float
+) -> None:
     """Two maps that share columns, as a GRU's do, rows of patients mixed: norms are the true ones to rounding."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(norms, "GRAM_PRICE", FORMS[form])
@@ -73,7 +75,9 @@ def test_norms_of_random_rows(dtype, form, seed, patients, most, widths, bias, s
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [3, 96])
 @pytest.mark.parametrize("difference", [1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 0.0])
-def test_norms_of_rows_that_cancel(dtype, form, width, difference, monkeypatch):
+def test_norms_of_rows_that_cancel(
+    dtype: str, form: str, width: int, difference: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows whose products cancel to any degree, down to nothing: the reported norm is never below the true one."""
     monkeypatch.setattr(norms, "GRAM_PRICE", FORMS[form])
     generator = torch.Generator().manual_seed(width)
@@ -88,7 +92,9 @@ def test_norms_of_rows_that_cancel(dtype, form, width, difference, monkeypatch):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_norms_that_are_not_finite_stay_with_their_patient(form, value, monkeypatch):
+def test_norms_that_are_not_finite_stay_with_their_patient(
+    form: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """NaN, infinity or overflow in one patient's row makes that norm not finite, and changes no other."""
     monkeypatch.setattr(norms, "GRAM_PRICE", FORMS[form])
     torch.manual_seed(0)
@@ -101,7 +107,7 @@ def test_norms_that_are_not_finite_stay_with_their_patient(form, value, monkeypa
     assert torch.equal(after[[0, 2]], before[[0, 2]])
 
 
-def test_patients_without_rows_have_norm_zero():
+def test_patients_without_rows_have_norm_zero() -> None:
     """A patient that owns no row has a gradient of norm zero."""
     rows = Rows(torch.tensor([2, 2]), 4)
     bounds = squared_norms(rows, torch.ones(2, 1), [Factor(torch.ones(2, 1), 0, 1, False)]).bounds()

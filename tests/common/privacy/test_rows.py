@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def _packed(lengths: list[int]) -> PackedSequence:
 
 @settings(deadline=None, max_examples=50)
 @given(lengths=LENGTHS, seed=st.integers(0, 999))
-def test_of_packed_names_sequences_and_composes_with_patients(lengths, seed):
+def test_of_packed_names_sequences_and_composes_with_patients(lengths: list[int], seed: int) -> None:
     """Rows of a packed batch belong to its sequences in the caller's order, and through a context to their patients."""
     packed = _packed(lengths)
     sequence = packed.data[:, 0].long()
@@ -37,7 +38,7 @@ def test_of_packed_names_sequences_and_composes_with_patients(lengths, seed):
             assert Rows.current() is rows
 
 
-def test_contexts_nest_and_close_even_on_errors():
+def test_contexts_nest_and_close_even_on_errors() -> None:
     """The innermost open context counts; leaving it, also by an error, brings the outer one back."""
     outer, inner = Rows(torch.tensor([0]), 1), Rows(torch.tensor([0, 0]), 1)
     assert Rows.current() is None
@@ -51,9 +52,9 @@ def test_contexts_nest_and_close_even_on_errors():
     assert Rows.current() is None
 
 
-def test_contexts_belong_to_their_thread():
+def test_contexts_belong_to_their_thread() -> None:
     """A context that one thread opens is not seen by another."""
-    seen = []
+    seen: list[Rows | None] = []
     with Rows(torch.tensor([0]), 1):
         thread = threading.Thread(target=lambda: seen.append(Rows.current()))
         thread.start()
@@ -70,13 +71,13 @@ def test_contexts_belong_to_their_thread():
         (torch.tensor([[0]]), 1, r"shape \(1, 1\)"),
     ],
 )
-def test_wrong_owners_are_refused(patient, count, message):
+def test_wrong_owners_are_refused(patient: Any, count: int, message: str) -> None:
     """Owners must be int64 of shape [N] in [0, count); the error says what they are, never whose."""
     with pytest.raises(ValueError, match=message):
         Rows(patient, count)
 
 
-def test_a_context_for_another_number_of_sequences_is_refused():
+def test_a_context_for_another_number_of_sequences_is_refused() -> None:
     """Packing 2 sequences inside a context of 3 raises, naming both numbers."""
     with Rows(torch.tensor([0, 1, 1]), 2), pytest.raises(ValueError, match=r"3 sequences .* has 2"):
         Rows.of(_packed([2, 1]))
@@ -104,7 +105,7 @@ def _check_groups(rows: Rows, width: int) -> None:
     width=st.sampled_from([1, 1 << 17, 1 << 30]),
     times=st.integers(1, 3),
 )
-def test_groups_hand_out_each_patients_rows(patient, width, times):
+def test_groups_hand_out_each_patients_rows(patient: Any, width: int, times: int) -> None:
     """For any owners in any order and any chunk size, groups partition the rows by patient."""
     rows = Rows(torch.tensor(patient, dtype=torch.long), 6)
     _check_groups(rows, width)
@@ -121,7 +122,9 @@ def test_groups_hand_out_each_patients_rows(patient, width, times):
     times=st.integers(1, 3),
     width=st.sampled_from([1, 1 << 17, 1 << 30]),
 )
-def test_a_grid_is_a_table_of_owners_by_other_means(owner, unique, steps, steps_first, times, width):
+def test_a_grid_is_a_table_of_owners_by_other_means(
+    owner: list[int], unique: bool, steps: int, steps_first: bool, times: int, width: int
+) -> None:
     """A grid hands out, sums and repeats rows as the plain table of the same owners does."""
     series = torch.tensor(list(dict.fromkeys(owner)) if unique else owner)
     grid = Grid(series, 6, steps, steps_first=steps_first)
@@ -134,7 +137,7 @@ def test_a_grid_is_a_table_of_owners_by_other_means(owner, unique, steps, steps_
     assert len(grid) == len(table)
 
 
-def test_rows_of_no_sequences():
+def test_rows_of_no_sequences() -> None:
     """A packed batch of nothing has no rows, and hands out none."""
     rows = Rows.of_steps(Layout([]), None)
     assert len(rows) == 0

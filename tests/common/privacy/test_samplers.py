@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ from torch.nn import functional
 
 from common.models import recurrent
 from common.privacy.rows import Rows
-from tests.oracles import FLOAT32, FLOAT64, book_keeping_sum, check_private_sum, patient_gradients
+from tests.oracles import FLOAT32, FLOAT64, Tolerance, book_keeping_sum, check_private_sum, patient_gradients
 
 CODES, PER_ROW, STEPS, WIDTH = 6, 5, 3, 4
 ROWS_OF = (2, 1, 3, 1, 2)  # of each patient
 
 # (module, values [n, STEPS, WIDTH], codes [n, PER_ROW]) -> output [n, ..]
-Call = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Call = Callable[[Any, Tensor, Tensor], Any]
 
 
 class Scale(nn.Module):
@@ -41,32 +42,32 @@ def _frozen(module: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def _twice(module: nn.Module, x: Tensor, codes: Tensor) -> Tensor:
+def _twice(module: Any, x: Tensor, codes: Tensor) -> Any:
     return module(torch.tanh(module(x)))
 
 
-def _bag_with_weights(module: nn.Module, x: Tensor, codes: Tensor) -> Tensor:
+def _bag_with_weights(module: Any, x: Tensor, codes: Tensor) -> Any:
     weights = x.flatten(1)[:, :PER_ROW].flatten()
     return module(codes.flatten(), per_sample_weights=weights, offsets=_offsets(codes))
 
 
-def _embedded_twice(module: nn.Module, x: Tensor, codes: Tensor) -> Tensor:
+def _embedded_twice(module: Any, x: Tensor, codes: Tensor) -> Any:
     return module(codes) + module(codes[:, 0])[:, None]
 
 
-def _plain(module: nn.Module, x: Tensor, codes: Tensor) -> Tensor:
+def _plain(module: Any, x: Tensor, codes: Tensor) -> Any:
     return module(x)
 
 
-def _coded(module: nn.Module, x: Tensor, codes: Tensor) -> Tensor:
+def _coded(module: Any, x: Tensor, codes: Tensor) -> Any:
     return module(codes)
 
 
-def _bagged(module: nn.Module, x: Tensor, codes: Tensor) -> Tensor:
+def _bagged(module: Any, x: Tensor, codes: Tensor) -> Any:
     return module(codes.flatten(), _offsets(codes, getattr(module, "include_last_offset", False)))
 
 
-def _bag(**options: object) -> Callable[[], nn.Module]:
+def _bag(**options: Any) -> Callable[[], nn.Module]:
     return lambda: nn.EmbeddingBag(CODES, WIDTH, **options)
 
 
@@ -111,7 +112,7 @@ def _loss_over(call: Call, dtype: torch.dtype) -> Callable[[nn.Module, Sequence[
         order = torch.randperm(len(owner), generator=torch.Generator().manual_seed(len(owner)))
         x, c = (torch.cat([part[p] for p in patients])[order] for part in (values, codes))
         with Rows(owner[order], len(patients)):
-            out = call(network, x, c).flatten(1)
+            out: Tensor = call(network, x, c).flatten(1)
         return (out * torch.cos(row[order][:, None] * torch.arange(out.shape[1]) + 1)).sum()
 
     return loss
@@ -121,7 +122,7 @@ def _loss_over(call: Call, dtype: torch.dtype) -> Callable[[nn.Module, Sequence[
     ("dtype", "tolerance"), [(torch.float32, FLOAT32), (torch.float64, FLOAT64)], ids=["float32", "float64"]
 )
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_per_patient(case, dtype, tolerance):
+def test_gradients_per_patient(case: str, dtype: torch.dtype, tolerance: Tolerance) -> None:
     """Clipped sum, norms and sensitivity are the oracle's for each layer, rows in any order, several per patient."""
     torch.manual_seed(0)
     make, call = CASES[case]
@@ -133,13 +134,13 @@ def test_gradients_per_patient(case, dtype, tolerance):
 
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
-def test_a_recurrent_layer_used_twice(kind):
+def test_a_recurrent_layer_used_twice(kind: str) -> None:
     """Two calls of one recurrent layer in one pass are one gradient, with the cross terms in the norm."""
     torch.manual_seed(0)
     ours, plain = (getattr(layers, kind)(WIDTH, WIDTH, batch_first=True).double() for layers in (recurrent, nn))
     plain.load_state_dict(ours.state_dict())
 
-    def call(module: nn.Module, x: Tensor, codes: Tensor) -> Tensor:
+    def call(module: Any, x: Tensor, codes: Tensor) -> Any:
         states, _ = module(x)
         return module(functional.dropout(states, 0.0))[0]
 
