@@ -2,8 +2,8 @@
 
 `build` makes one sequence per label row. It may use events up to and including the row's prediction time.
 
-- An event is *usable* if its code is in the schema and its number, where one is asked for, is within the
-  schema's limits. Everything else is as if it had not been recorded: it neither fills nor makes a step.
+- An event is *usable* if its code is in the schema, or counts as one that is (`shorten`), and its number, where
+  one is asked for, is within the schema's limits. Everything else is as if it had not been recorded: it neither fills nor makes a step.
 - A step is one distinct time of usable events or, with `bin_hours` = w, one non-empty bin counted backward
   from the prediction time p: bin k holds p - (k+1)w < time <= p - kw.
 - A value at a step is the mean of the step's numbers, scaled. A value not measured at a step is carried
@@ -53,7 +53,7 @@ from common.events import (
     Coverage,
     checked_labels,
     fate,
-    features,
+    known_codes,
     require_known,
     survey,
     typed_events,
@@ -292,7 +292,7 @@ def _usable(events: pl.LazyFrame, patients: pl.DataFrame, schema: FeatureSchema)
     Columns of the first table: values 0..V-1, then listed codes V..V+n_codes-1; of the second: statics.
     """
     found = (
-        events.join(features(schema).lazy(), on=CODE, how="inner", maintain_order="left")
+        events.join(known_codes(events, schema).lazy(), on=CODE, how="inner", maintain_order="left")
         .filter(fate(schema) == "usable")
         .join(patients.lazy(), on=SUBJECT_ID, how="inner", maintain_order="left")
         .filter(pl.col(TIME).is_null() | (pl.col(TIME) <= pl.col("until")))

@@ -93,7 +93,8 @@ class SiteTerms(Terms):
 
 class Simulation(Terms):
     """Where virtual hospitals take their records: a synthetic preset (its site sizes times
-    `cohort_scale`), or a folder with a MEDS directory per site."""
+    `cohort_scale`), or a folder with a MEDS directory per site.
+    """
 
     cohort: str | None = None
     cohort_scale: float = Field(default=1.0, gt=0, le=100)

@@ -22,7 +22,7 @@ from common.errors import DataError
 from common.metrics import Interval, auroc, bootstrap
 from common.models.network import build_network
 from common.privacy.accounting import epsilon_of
-from common.records import Weights
+from common.records import Status, Weights
 from common.sequences import Sequences
 from common.study import Study
 from common.training import load_state, predict, state_of
@@ -124,7 +124,8 @@ def simulate(
     result = Result(study, seed, {}, [], pl.DataFrame())
 
     def note(record: RoundRecord) -> None:
-        for site in record.sites:
+        failed = [site for site, reason in record.refused.items() if reason == Status.LOCAL_FAILURE]
+        for site in (*record.sites, *failed):  # an attempt that failed stays spent
             steps[site] += study.training.local_steps
         score = None
         if record.round_number in scored:

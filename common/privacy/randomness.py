@@ -81,8 +81,13 @@ class Randomness:
         Args:
             clipped_sum: float64 [d], finite, of L2 sensitivity `clip`.
             clip: C > 0.
-            noise_multiplier: sigma > 0; without noise there is nothing to call this for.
+            noise_multiplier: sigma > 0.
+
+        Raises:
+            ValueError: sigma C is not positive and finite: a call for no noise is a mistake.
         """
+        if not 0 < noise_multiplier * clip < math.inf:
+            raise ValueError(f"noise of {noise_multiplier} x {clip} must be positive and finite; correct the plan")
         grid = math.ldexp(0.5, math.frexp(noise_multiplier * clip)[1] - GRID_BITS)  # frexp: exact, where log2 rounds
         deviation = noise_multiplier * (clip + grid * math.sqrt(clipped_sum.size))
         noise = self.normal(clipped_sum.size) * deviation

@@ -234,6 +234,14 @@ def test_a_cohort_that_has_spent_its_budget_refuses() -> None:
     assert diary.count("sample") == 0
 
 
+def test_a_site_with_a_cap_never_trains_without_noise() -> None:
+    """A study without noise has infinite epsilon: any finite cap refuses it before a patient is touched."""
+    study = small_study(privacy={"epsilon": None})
+    diary = Diary()
+    assert hospital(diary, study=study).train(request(study, WEIGHTS)).status is Status.BUDGET
+    assert diary.count("sample") == 0
+
+
 @pytest.mark.parametrize("breaks", ["admit", "attempt", "release", "training"])
 def test_text_of_a_failure_reaches_neither_reply_nor_log(breaks: str, caplog: pytest.LogCaptureFixture) -> None:
     """An exception that quotes a patient: LOCAL_FAILURE, no update, and only the exception's class in the log."""
@@ -296,7 +304,7 @@ def test_nothing_but_the_update_depends_on_the_records() -> None:
 
 def test_a_name_that_the_study_does_not_have_is_refused_before_anything_is_spent() -> None:
     """A site takes its declared patients from the study by its name: without it there is no site."""
-    with pytest.raises(ConfigurationError, match="`nowhere` is not in study small, which has north, east"):
+    with pytest.raises(ConfigurationError, match="`nowhere` is not in study small, which has east, north"):
         Site("nowhere", STUDY, Dataset(as_sequences(made_up_patients(1, 9))), MemoryLedger(1.0, 1e-3))
 
 

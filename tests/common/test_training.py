@@ -150,6 +150,15 @@ def test_every_step_noises_the_whole_sum_once(max_rows: int) -> None:
     assert [(len(total), clip, sigma) for total, clip, sigma in randomness.noised] == [(count, 0.3, 1.7)] * 3
 
 
+def test_a_plan_without_noise_draws_none() -> None:
+    """Sigma 0, as a simulation may ask for: the update is the clipped sum over the divisor, no noise is drawn."""
+    network, randomness = network_of(), Watched(SAMPLE)
+    expected = clipped_sum(network, DATASET, SAMPLE, 0.7)
+    update = one_round(network, DATASET, randomness, terms=plan(noise_multiplier=0.0))
+    assert randomness.noised == []
+    assert close(scaled(update, -plan().divisor(DECLARED)), expected, 1e-5)
+
+
 def test_an_empty_sample_still_steps_and_adds_noise() -> None:
     """A step whose sample is empty noises a sum of zero and moves every parameter by noise over the divisor."""
     network, randomness = network_of(), Watched([])

@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from client.site import Site
 from common.errors import DataError, WardroundError
 from common.models.network import build_network
+from common.privacy.accounting import epsilon_of
 from common.provenance import code_digest
 from common.records import Request, Terms, Weights, reply_from_message, request_to_content
 from common.training import state_of
 from server.participation import QuorumError
 from server.rounds import RoundRecord, run
 from server.strategy import FederatedAveraging
-from simulations.experiment import one_thread
+from simulations.experiment import one_thread, simulate
 from simulations.hospitals import Hospitals
 from simulations.local_grid import LocalGrid
 from simulations.seeded import SeededRandomness, Silent
@@ -221,6 +222,17 @@ def test_without_quorum_the_run_stops_with_the_reasons(cohort: dict[str, Path]) 
     strategy = FederatedAveraging(study, state_of(build_network(study, 1)), lambda: roster)
     with pytest.raises(QuorumError, match="quorum is 3"):
         run(grid, strategy, rounds=3)
+
+
+def test_a_failed_attempt_is_in_the_price_so_far(cohort: dict[str, Path]) -> None:
+    """A simulation's epsilon by round counts the steps of a round that failed at a site: they stay spent."""
+    study = small_study(quorum=1)
+    directories = {name: cohort[name] for name in study.sites}
+    result = simulate(Hospitals(study, directories, 7, Failing), resamples=5)
+    assert [progress.refused for progress in result.history] == [{}, {"east": "LOCAL_FAILURE"}, {}]
+    for taken, progress in enumerate(result.history, start=1):
+        if progress.auroc is not None:
+            assert progress.epsilon == dict.fromkeys(study.sites, epsilon_of(study.plan(), taken))
 
 
 def test_the_grid_delivers_whole_rounds_only(here: LocalGrid) -> None:

@@ -1,7 +1,6 @@
 """The laws of sample and noise, on fresh entropy: each test states its chance of a false alarm.
 
-Every test's total stays below 1e-6. Where a
-test exists to catch a defect, the same statistic is shown to catch it.
+Every test's total stays below 1e-6. Where a test exists to catch a defect, the same statistic is shown to catch it.
 """
 
 from __future__ import annotations

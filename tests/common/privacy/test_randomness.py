@@ -245,6 +245,13 @@ def test_noise_is_added_exactly() -> None:
         np.testing.assert_array_equal(Keyed().add_noise(total, 1.0, 1.0) / grid, np.rint(total / grid) + noise / grid)
 
 
+@pytest.mark.parametrize(("clip", "sigma"), [(1.0, 0.0), (0.0, 1.0), (1.0, -1.0), (1.0, math.nan), (math.inf, 1.0)])
+def test_no_call_is_answered_without_noise(clip: float, sigma: float) -> None:
+    """A scale that is not positive and finite raises: the sum is never returned bare."""
+    with pytest.raises(ValueError, match="must be positive and finite"):
+        Randomness().add_noise(np.zeros(3), clip, sigma)
+
+
 def test_float32_sums_are_noised_as_float64() -> None:
     """A float32 sum is released in float64, on the same grid: the grid is finer than float32 could hold."""
     total = np.array([1.5, -2.25, 1e-3], np.float32)
