@@ -125,7 +125,9 @@ def lines_table(result: Result, lines: dict[str, Result]) -> Table:
     A site alone is scored on its own patients; the `alone` lines make one row.
     """
     sites = [score.site for score in result.scores]
-    rows = {result.study.training.recipe: {score.site: score.auroc.value for score in result.scores}}
+    rows: dict[str, dict[str, float]] = {
+        result.study.training.recipe: {score.site: score.auroc.value for score in result.scores}
+    }
     for name, line in lines.items():
         row, _, site = name.partition(": ")
         rows.setdefault(row, {})
@@ -136,8 +138,8 @@ def lines_table(result: Result, lines: dict[str, Result]) -> Table:
     out.add_column("line")
     for site in sites:
         out.add_column(site, justify="right")
-    for name, row in rows.items():
-        out.add_row(name, *(f"{row[site]:.3f}" if site in row else "" for site in sites))
+    for name, scores in rows.items():
+        out.add_row(name, *(f"{scores[site]:.3f}" if site in scores else "" for site in sites))
     return out
 
 

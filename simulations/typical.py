@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.batching import Dataset
 from common.models.network import build_network
@@ -71,8 +72,9 @@ def made_up_positives(study: Study, seed: int) -> Sequences:
     )
 
 
-def _charting_rates(schema: FeatureSchema, study: Study) -> np.ndarray:
+def _charting_rates(schema: FeatureSchema, study: Study) -> NDArray[np.float64]:
     """P(measured in a step) of each value: its hourly rate over the hours of a bin; a visit counts as one hour."""
     hours = study.records.bin_hours or 1.0
     hourly = np.array([schema.values[code].rate or USUAL_RATE for code in schema.value_codes])
-    return 1 - (1 - np.minimum(hourly, 0.999)) ** hours
+    missed: NDArray[np.float64] = (1 - np.minimum(hourly, 0.999)) ** hours
+    return 1 - missed

@@ -66,7 +66,7 @@ def table_of(out: Path) -> object:
 
 
 def test_prints_table_and_stamp(finished: tuple[Path, str]) -> None:
-    """The last table names every site with declared patients, epsilon, AUROC and best possible, and the stamp follows."""
+    """The last table names every site with declared patients, epsilon, AUROC, best possible; the stamp follows."""
     out, printed = finished
     for site in (*SITES, "pooled"):
         assert re.search(rf"{site}\W+\d+\W+3\.000\W+0?\.\d+ \[0?\.\d+, 0?\.\d+\]\W+0?\.\d+", printed), printed
@@ -224,7 +224,7 @@ def records(finished: tuple[Path, str]) -> Path:
 
 @pytest.mark.parametrize("fault", BAD_RECORDS)
 def test_bad_records_are_one_clear_error(fault: str, records: Path, tmp_path: Path) -> None:
-    """Records that cannot be used end with one line naming file and remedy, status 2, no patient's id, nothing written."""
+    """Records that cannot be used end with one line naming file and remedy, no patient's id, nothing written."""
     shutil.copytree(records, tmp_path / "records")
     broken(tmp_path / "records", fault)
     study = small_study(tmp_path, simulation__cohort=None)
