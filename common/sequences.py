@@ -3,7 +3,8 @@
 `build` makes one sequence per label row. It may use events up to and including the row's prediction time.
 
 - An event is *usable* if its code is in the schema, or counts as one that is (`shorten`), and its number, where
-  one is asked for, is within the schema's limits. Everything else is as if it had not been recorded: it neither fills nor makes a step.
+  one is asked for, is within the schema's limits. Everything else is as if it had not been recorded: it neither
+  fills nor makes a step.
 - A step is one distinct time of usable events or, with `bin_hours` = w, one non-empty bin counted backward
   from the prediction time p: bin k holds p - (k+1)w < time <= p - kw.
 - A value at a step is the mean of the step's numbers, scaled. A value not measured at a step is carried

@@ -175,9 +175,8 @@ class SummedGradient:
 
     def squared_norms(self) -> SquaredNorms:
         """Per patient; net is gross."""
-        norms = torch.zeros(self.count, dtype=torch.float64)
-        for p, g in self.gradients.items():
-            norms = norms.to(g.device) + g.reshape(self.count, p.numel()).square().sum(1)
+        parts = [g.reshape(self.count, p.numel()).square().sum(1) for p, g in self.gradients.items()]
+        norms = torch.stack(parts).sum(0)
         return SquaredNorms(norms, norms)
 
     def weighted_sum(self, weights: Tensor) -> dict[Parameter, Tensor]:

@@ -38,7 +38,8 @@ SCHEMA = parse(
                 "basis": "icu",
             },
         },
-        "codes": ["DX//B", "DX//A"],
+        "codes": ["DX//B", "DX//A", "DX//{7..8}", "DX//E1"],
+        "shorten": {"DX//": {"before": "."}, "DX//E": {"characters": 1}},
         "statics": {
             "AGE": {"centre": 60, "scale": 15, "unit": "years", "min": 0, "max": 120, "basis": "adults"},
             "UNIT": {"levels": [1, 2, 4], "basis": "flag"},
@@ -59,7 +60,13 @@ NUMBERS: dict[str, list[float | None]] = {  # what may be recorded under each co
     "UNIT": [1.0, 2.0, 3.0, 4.0, 5.0, None],
     "SEX//F": [None, 1.0],
     "UNKNOWN": [None, 1.0],
+    "DX//7": [None],
+    "DX//7.25": [None, 3.0],
+    "DX//7.x.y": [None],
+    "DX//9.1": [None],
+    "DX//E12.3": [None],
 }
+COUNTS_AS = {"DX//7.25": "DX//7", "DX//7.x.y": "DX//7", "DX//E12.3": "DX//E1"}  # what `shorten` above means
 
 
 def hours(number: float) -> datetime:
@@ -174,7 +181,8 @@ def plain(events: list[Event], labels: list[Label], max_steps: int, bin_hours: f
     width = None if bin_hours is None else timedelta(hours=bin_hours)
     records = []
     for subject, prediction, label in sorted(labels):
-        mine = [e for e in events if e[0] == subject and (e[1] is None or e[1] <= prediction)]
+        seen = [e for e in events if e[0] == subject and (e[1] is None or e[1] <= prediction)]
+        mine = [(who, time, COUNTS_AS.get(code, code), number) for who, time, code, number in seen]
         steps = plain_steps(mine, prediction, max_steps, width)
         records.append(Record(subject, steps, plain_statics(mine), label, prediction))
     return records
@@ -207,6 +215,11 @@ quarters = st.integers(0, 24).map(lambda number: hours(number / 4))
 recorded = st.sampled_from(["HR"] * 6 + sorted(NUMBERS))  # one value often, so that histories have depth
 
 
+def is_known(code: str) -> bool:
+    """Whether the small schema has a use for a code."""
+    return code not in ("UNKNOWN", "DX//9.1")
+
+
 def one_event(subject: int) -> st.SearchStrategy[Event]:
     """An event of a patient; statics often lack a time, other events rarely."""
 
@@ -230,5 +243,5 @@ def cohorts(draw: st.DrawFn) -> tuple[list[Event], list[Label]]:
         events += mine
         labels += [(subject, time, label) for time, label in at if time >= first]
     assume(labels)
-    assume(any(code != "UNKNOWN" for _, _, code, _ in events))
+    assume(any(is_known(code) for _, _, code, _ in events))
     return draw(st.permutations(events)), draw(st.permutations(labels))

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from common.errors import DataError
-from common.events import Coverage, checked_labels, features, survey, typed_events
+from common.events import LISTED, Coverage, checked_labels, features, known_codes, survey, typed_events
 from common.schema import FeatureSchema
 from tests.common.plain_sequences import SCHEMA, events_frame, hours
 
@@ -131,12 +131,15 @@ def test_every_event_has_one_fate() -> None:
             (1, None, "HR", 80.0),
             (1, None, "DX//A", None),
             (1, hours(0), "ELSE", 1.0),
+            (1, hours(0), "DX//7.25", None),
+            (1, None, "DX//7.25", None),
+            (1, hours(0), "DX//9.1", None),
         ]
     )
     counted = survey(typed_events(events, SCHEMA, "events"), SCHEMA, "events")
-    assert counted == Coverage(usable=4, unknown_code=1, without_time=2, without_number=2, out_of_range=2)
-    assert (counted.events, counted.known) == (11, 10)
-    assert counted + counted == Coverage(8, 2, 4, 4, 4)
+    assert counted == Coverage(usable=5, unknown_code=2, without_time=3, without_number=2, out_of_range=2)
+    assert (counted.events, counted.known) == (14, 12)
+    assert counted + counted == Coverage(10, 4, 6, 4, 4)
 
 
 def test_no_events_are_no_fault_of_a_shard() -> None:
@@ -149,3 +152,17 @@ def test_feature_table_has_one_row_per_code() -> None:
     """The join on `code` can neither lose nor double an event of the schema."""
     table = features(SCHEMA)
     assert sorted(table["code"]) == sorted([*SCHEMA.values, *SCHEMA.codes, *SCHEMA.statics])
+
+
+def test_known_codes_add_the_finer_codes_of_the_events() -> None:
+    """Each finer code found gets its parent's place, once however often it occurs; nothing else changes."""
+    found = ["DX//7.25", "DX//7.25", "DX//7", "DX//E12.3", "DX//9.1", "HR.5", "ELSE", "HR"]
+    table = known_codes(events_frame([(1, hours(0), code, None) for code in found]), SCHEMA)
+    n_listed = len(features(SCHEMA))
+    assert table[:n_listed].equals(features(SCHEMA))
+    added = {code: (group, column) for code, group, column, _, _ in table[n_listed:].iter_rows()}
+    assert len(table) == n_listed + len(added)
+    assert added == {
+        "DX//7.25": (LISTED, SCHEMA.codes.index("DX//7")),
+        "DX//E12.3": (LISTED, SCHEMA.codes.index("DX//E1")),
+    }

@@ -6,6 +6,7 @@ import math
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from meds import schema as meds
 
 from common import schema as names
 from common.errors import ConfigurationError
-from common.schema import FeatureSchema, NumericFeature, Scaling, TimeGap
+from common.schema import FeatureSchema, NumericFeature, Scaling, TimeGap, expand
 from common.terms import load, parse
 
 FEATURES = Path(__file__).parents[2] / "configs" / "features"
@@ -104,6 +105,36 @@ def test_schema_survives_pickling() -> None:
         (terms(values={" HR": number()}), ["values"]),
         (terms(codes=["A", "A"]), ["codes", "`A` twice"]),
         (terms(codes=["A", 250]), ["codes.1", "string"]),
+        (terms(codes=["A", "{A,B}"]), ["codes", "`A` twice"]),
+        (terms(codes=["A{1..9"]), ["codes", "`A{1..9`", "partner is missing"]),
+        (terms(codes=["A}"]), ["codes", "`A}`", "partner is missing"]),
+        (terms(codes=["{a,{b,c}}"]), ["codes", "nested"]),
+        (terms(codes=["A{}"]), ["codes", "`{}`", "range", "list"]),
+        (terms(codes=["A{x}"]), ["codes", "`{x}`", "range", "list"]),
+        (terms(codes=["A{a,}"]), ["codes", "`{a,}`", "range", "list"]),
+        (terms(codes=["A{1..}"]), ["codes", "`{1..}`", "range", "list"]),
+        (terms(codes=["A{-1..3}"]), ["codes", "`{-1..3}`", "range", "list"]),
+        (terms(codes=["A{9..1}"]), ["codes", "`{9..1}`", "rises"]),
+        (terms(codes=["A{01..100}"]), ["codes", "`{01..100}`", "as many digits"]),
+        (terms(codes=["A{1..09}"]), ["codes", "`{1..09}`", "as many digits"]),
+        (terms(codes=["A{1..100001}"]), ["codes", "`{1..100001}`", "100000"]),
+        (terms(codes=["A{1..999999999999}"]), ["codes", "100000"]),
+        (terms(codes=["{1..400}{1..400}"]), ["codes", "`{1..400}{1..400}`", "100000"]),
+        (terms(codes=["{a,b}" * 800]), ["codes", "100000"]),
+        (terms(codes=["A{1..60000}", "B{1..60000}"]), ["codes", "100000"]),
+        (terms(codes=["A{ ,b}"]), ["codes", "blanks at an end"]),
+        (terms(codes=["A" * 200 + "{" + "a" * 100 + ",b}"]), ["codes", "256 characters"]),
+        (terms(values={"LAB{1..3}": number()}), ["`LAB{1..3}` in values", "codes only"]),
+        (terms(statics={"SEX//{F,M}": {"present": True, "basis": "flag"}}), ["`SEX//{F,M}` in statics"]),
+        (terms(codes=["A"], shorten={"{A,B}": {"before": "."}}), ["`{A,B}` in shorten"]),
+        (terms(codes=["A"], shorten={"A": {}}), ["shorten.A", "one of `before` and `characters`"]),
+        (terms(codes=["A"], shorten={"A": {"before": ".", "characters": 1}}), ["shorten.A", "one of"]),
+        (terms(codes=["A"], shorten={"A": {"befor": "."}}), ["shorten.A.befor", "did you mean `before`"]),
+        (terms(codes=["A"], shorten={"A": {"characters": -1}}), ["shorten.A.characters"]),
+        (terms(codes=["A"], shorten={"A": {"characters": True}}), ["shorten.A.characters"]),
+        (terms(codes=["A"], shorten={"B": {"before": "."}}), ["shorten.B", "none of the listed codes"]),
+        (terms(codes=["A.1"], shorten={"A": {"before": "."}}), ["shorten.A", "none of the listed codes"]),
+        (terms(codes=["AGEX"], shorten={"AGE": {"characters": 0}}), ["shorten.AGE", "none of the listed codes"]),
         (terms(codes=["HR"]), ["`HR`", "values", "codes"]),
         (terms(values={"AGE": number()}), ["`AGE`", "values", "statics"]),
         (terms(codes=["SEX//F"]), ["`SEX//F`", "codes", "statics"]),
@@ -124,6 +155,86 @@ def test_refusal_names_file_key_and_fault(plain: dict[str, Any], words: list[str
     assert "small.yaml" in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("pattern", "codes"),
+    [
+        ("DIAG//250.83", ["DIAG//250.83"]),
+        ("A{8..11}", ["A8", "A9", "A10", "A11"]),
+        ("A{0..2}", ["A0", "A1", "A2"]),
+        ("A{0..10}B", [f"A{n}B" for n in range(11)]),
+        ("{08..11}", ["08", "09", "10", "11"]),
+        ("{00..02}", ["00", "01", "02"]),
+        ("{7..7}", ["7"]),
+        ("M//{a,b-c}//{Up,>8}", ["M//a//Up", "M//a//>8", "M//b-c//Up", "M//b-c//>8"]),
+        ("{x,y}{1..2}", ["x1", "x2", "y1", "y2"]),
+        ("{1..2,5}", ["1..2", "5"]),
+    ],
+)
+def test_braces_are_written_out(pattern: str, codes: list[str]) -> None:
+    """A range or a list in braces stands for each of its members, the leftmost changing slowest, as in a shell."""
+    assert expand(pattern) == codes
+
+
+def test_compact_and_written_out_codes_are_the_same_schema() -> None:
+    """Braces are a way of writing: the codes, the digest and a dump that is read again do not depend on it."""
+    compact = parse(terms(codes=["A{1..3}", "B{x,y}"]), FeatureSchema, "compact")
+    plain = parse(terms(codes=["A1", "A2", "A3", "Bx", "By"]), FeatureSchema, "plain")
+    assert compact == plain
+    assert compact.digest() == plain.digest()
+    assert parse(compact.model_dump(mode="json"), FeatureSchema, "dump") == compact
+
+
+def test_finer_codes_count_as_what_remains_of_them() -> None:
+    """Of the prefixes that fit the longest decides, and only its result counts, if it is a listed code."""
+    schema = parse(
+        terms(
+            codes=["D//250", "D//250.1", "D//E812", "D//V1", "S//x"],
+            shorten={"D//": {"before": "."}, "D//E": {"characters": 3}, "S//": {"before": "-"}},
+        ),
+        FeatureSchema,
+        "small.yaml",
+    )
+    counts_as = {
+        "D//250.83": "D//250",
+        "D//250.": "D//250",
+        "D//250.8.3": "D//250",
+        "D//E8120": "D//E812",
+        "D//E812.0": "D//E812",
+        "D//V1.x-y": "D//V1",
+        "S//x-y": "S//x",
+    }
+    stay = [
+        "D//250",
+        "D//250.1",
+        "D//2501",
+        "D//251.1",
+        "D//E81",
+        "D//E813.1",
+        "D//",
+        "D//.5",
+        "X//250.83",
+        "HR",
+        "HR.1",
+    ]
+    assert schema.counts_as([*counts_as, *stay]) == counts_as
+
+
+def test_nothing_counts_as_a_value_or_static() -> None:
+    """A finer code never becomes a number or a fact, whose unit might differ; and a listed use is never shortened."""
+    rule = {"before": "."}
+    schema = parse(terms(codes=["HX", "AX", "H.1"], shorten={"H": rule, "A": rule}), FeatureSchema, "small.yaml")
+    assert schema.counts_as(["HR.fine", "HR", "AGE.fine", "HX.fine", "H.1"]) == {"HX.fine": "HX"}
+
+
+def test_shorten_is_part_of_the_digest() -> None:
+    """What finer codes count as is a term of the study, whatever the order in which it is written."""
+    rules = {"A": {"before": "."}, "B": {"characters": 0}}
+    one = parse(terms(shorten=rules), FeatureSchema, "one")
+    assert one.digest() == parse(terms(shorten=dict(reversed(rules.items()))), FeatureSchema, "other").digest()
+    assert one.digest() != parse(terms(shorten={**rules, "B": {"characters": 1}}), FeatureSchema, "third").digest()
+    assert one.digest() != parse(terms(), FeatureSchema, "none").digest()
 
 
 @settings(deadline=None, max_examples=100)
@@ -171,6 +282,24 @@ def test_synthetic_schema_has_the_generators_codes() -> None:
     assert schema.value_codes == tuple(f"VITAL//{i}" for i in range(6))
     assert schema.codes == tuple(f"CODE//{i}" for i in range(1, 401))
     assert schema.static_columns == ("AGE", "SEX//F")
+
+
+def test_diabetes_schema_lists_whole_published_lists() -> None:
+    """All ICD-9 categories, valid or not in some year, and all values of the attributes: 2,246 codes, none left out."""
+    schema = load(FEATURES / "diabetes130.yaml", FeatureSchema)
+    by_kind = Counter(code.split("//")[0] for code in schema.codes)
+    assert by_kind["DIAG"] == 999 + 91 + 1000
+    assert by_kind["MED"] == 24 * 3
+    assert [by_kind[f"ADMISSION_{kind}"] for kind in ("TYPE", "SOURCE")] == [8, 26]
+    assert by_kind["DISCHARGE_DISPOSITION"] == 30
+    assert (schema.n_values, schema.n_codes, schema.n_statics) == (7, 2246, 1)
+    assert schema.counts_as(
+        ["DIAG//250.83", "DIAG//E849", "SPECIALTY//Surgery-Vascular", "SPECIALTY//Pediatrics-X"]
+    ) == {
+        "DIAG//250.83": "DIAG//250",
+        "SPECIALTY//Surgery-Vascular": "SPECIALTY//Surgery",
+    }
+    assert "not fitted to patients" in schema.source
 
 
 def test_names_are_those_of_meds() -> None:

@@ -28,6 +28,7 @@ from tests.common.plain_sequences import (
     cohorts,
     events_frame,
     hours,
+    is_known,
     labels_frame,
     plain,
     same,
@@ -64,7 +65,7 @@ def test_a_patient_never_changes_another(
     events, labels = cohort
     rest = [event for event in events if event[0] != subject], [row for row in labels if row[0] != subject]
     assume(rest[1])
-    assume(any(code != "UNKNOWN" for _, _, code, _ in rest[0]))
+    assume(any(is_known(code) for _, _, code, _ in rest[0]))
     everyone = make(events, labels, **how)
     others = everyone.select(np.flatnonzero(everyone.patient_id != subject))
     assert same(others, make(*rest, **how))
@@ -161,6 +162,13 @@ def test_nothing_usable_is_one_empty_step(events: list[Event]) -> None:
     assert not records.values.any()
     assert records.codes.size == 0
     assert records.statics[0, 0] == 1.0
+
+
+def test_finer_codes_count_once_as_their_listed_parent() -> None:
+    """Two finer codes of one listed code, at one step, are that code once; a finer code of none is ignored."""
+    events: list[Event] = [(1, hours(0), code, None) for code in ("DX//7.25", "DX//7.x.y", "DX//7", "DX//9.1")]
+    records = make(events, [(1, hours(1), True)])
+    assert records.codes.tolist() == [SCHEMA.codes.index("DX//7")]
 
 
 def test_schema_without_values_or_without_codes() -> None:

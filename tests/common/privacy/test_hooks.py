@@ -224,6 +224,14 @@ def test_an_input_changed_in_place_raises() -> None:
         loss.backward()
 
 
+def test_an_output_changed_in_place_raises() -> None:
+    """What backward sends to a module is noted at its output, which must therefore not be overwritten."""
+    network = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
+    _attach(network)
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        network(torch.ones(4, 2))
+
+
 class _TwoInputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
