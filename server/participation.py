@@ -46,11 +46,10 @@ def collect(messages: Iterable[Message], roster: Mapping[int, str], terms: Terms
     replies = Replies()
     for message in messages:
         site = roster.get(message.metadata.src_node_id)
-        if site is None or site in replies.updates:
+        if site is None or site in replies.updates or site in replies.refused:
             continue
         try:
             replies.updates[site] = _checked(reply_from_message(message), terms, like)
-            replies.refused.pop(site, None)
         except WireError as error:
             replies.refused[site] = str(error)
     for site in roster.values():

@@ -23,7 +23,8 @@ from common.terms import load
 from tests.common.plain_sequences import SCHEMA, hours, same
 
 REPOSITORY = Path(__file__).parents[3]
-PHYSIONET = Path(os.environ.get("WARDROUND_DATA", REPOSITORY.parent / "shared" / "data")) / "physionet2012"
+DATA = Path(os.environ.get("WARDROUND_DATA", REPOSITORY.parent / "shared" / "data"))
+PHYSIONET, DIABETES = DATA / "physionet2012", DATA / "diabetes130"
 KEY = bytes(range(32))
 BASE = 987654000  # ids that would be seen in a message
 HOW: dict[str, Any] = {"max_steps": 4, "bin_hours": None}
@@ -275,3 +276,26 @@ def test_real_icu_records_are_read_whole() -> None:
         assert np.abs(records.values).max() <= 4
         assert np.isfinite(records.values).all()
         assert np.array_equal(records.statics[:, -4:].sum(axis=1), np.ones(records.n_sequences))
+
+
+@pytest.mark.skipif(not DIABETES.is_dir(), reason=f"{DIABETES} is absent")
+def test_real_stays_are_read_with_several_labels_a_patient() -> None:
+    """The four payer groups of Diabetes 130 give one sequence per discharge, each patient's together, and finer
+    diagnoses count: all but 2 % of the events, the rarer specialties, are used.
+    """
+    schema = load(REPOSITORY / "configs/features/diabetes130.yaml", FeatureSchema)
+    assert schema.shorten
+    patients = sequences = 0
+    for site in ("hmo", "medicare", "other_payer", "payer_missing"):
+        directory = MedsDirectory(DIABETES / "meds" / site)
+        records = directory.read("readmit_30d_each_visit", schema, SPLITS, max_steps=24, bin_hours=None)
+        check_trainable(records)
+        patients += records.n_patients
+        sequences += records.n_sequences
+        assert (np.diff(records.patient) >= 0).all()
+        assert np.diff(records.start).max() == 24
+        coverage = directory.coverage(schema)
+        assert coverage.unknown_code < 0.02 * coverage.events
+        assert coverage.usable == coverage.known
+        assert schema.codes.index("DIAG//250") in records.codes
+    assert (patients, sequences) == (69_990, 99_343)
