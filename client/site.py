@@ -7,9 +7,10 @@ may leave. What was released is answered with the stored bytes; what failed afte
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 
-from client.ledger import Ledger
+from client.ledger import Attempt, Ledger
 from common.batching import Dataset
 from common.errors import BudgetError, ConfigurationError, WireError
 from common.models.network import build_network
@@ -20,6 +21,10 @@ from common.study import Study
 from common.training import load_state, local_optimizer, state_of, train_round
 
 log = logging.getLogger("wardround.site")
+
+
+class _RefusedError(BudgetError):
+    """The ledger said no before the first private step; later, its errors are failures like any other."""
 
 
 class Site:
@@ -48,13 +53,14 @@ class Site:
             raise ConfigurationError(f"site `{name}` is not in study {study.name}, which has {', '.join(study.sites)}")
         self.name, self.study, self.dataset, self.ledger = name, study, dataset, ledger
         self._randomness = randomness
+        self._one_round = threading.Lock()  # two attempts at once would overwrite each other's mark
         self._digest = study.digest()
         self._plan = study.plan()
         self._network = build_network(study).to(dataset.device)
         self._shapes = state_of(self._network)
 
     def train(self, request: Request) -> Reply:
-        """Answer a round's request. Never raises: whatever depends on patients becomes LOCAL_FAILURE.
+        """Answer a round's request, one at a time. Never raises: what depends on patients becomes LOCAL_FAILURE.
 
         Guarantee:
             An update leaves only after its plan was admitted, its attempt marked and its bytes stored. The same
@@ -70,22 +76,31 @@ class Site:
             return Reply(terms, Status.MALFORMED)
         try:
             check_like(request.weights, self._shapes, "weights")
-            return Reply(terms, Status.OK, from_bytes(self._update(request)))
         except WireError:
             return Reply(terms, Status.MALFORMED)
-        except BudgetError as error:
+        try:
+            with self._one_round:
+                marked = self._mark(request)
+                update = marked if isinstance(marked, bytes) else self._train_and_store(request, marked)
+            return Reply(terms, Status.OK, from_bytes(update))
+        except _RefusedError as error:
             log.warning("round %d refused: %s", terms.round_number, error)
             return Reply(terms, Status.BUDGET)
         except Exception as error:  # whatever it is, its text may hold a patient's value: only its class is logged
             log.error("round %d failed with %s", terms.round_number, type(error).__name__)
             return Reply(terms, Status.LOCAL_FAILURE)
 
-    def _update(self, request: Request) -> bytes:
+    def _mark(self, request: Request) -> Attempt | bytes:
+        """Admit the plan and mark an attempt; or the bytes already released. Raises _RefusedError."""
+        steps = self.study.training.local_steps
+        try:
+            self.ledger.admit(self._digest, self._plan)
+            return self.ledger.attempt(self._digest, request.terms.round_number, steps, digest_of(request.weights))
+        except BudgetError as error:
+            raise _RefusedError(str(error)) from None
+
+    def _train_and_store(self, request: Request, marked: Attempt) -> bytes:
         number, training = request.terms.round_number, self.study.training
-        self.ledger.admit(self._digest, self._plan)
-        marked = self.ledger.attempt(self._digest, number, training.local_steps, digest_of(request.weights))
-        if isinstance(marked, bytes):
-            return marked
         load_state(self._network, request.weights)
         update = train_round(
             self._network,

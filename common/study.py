@@ -7,6 +7,7 @@ no formula. The `simulation` section is for virtual hospitals only and is no par
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -177,6 +178,21 @@ class Study(Terms):
         raw = {name: float(site.declared_patients) ** power for name, site in self.sites.items()}
         total = sum(raw.values())
         return {name: weight / total for name, weight in raw.items()}
+
+    def largest_update(self, site: str, parameters: int) -> float:
+        """A public L2 norm that no honest update of `site` exceeds, generously: it guards the average, not privacy.
+
+        One step: at most C for each of 10 times the declared patients, and 10 standard deviations of noise on every
+        coordinate. Local Adam steps: each coordinate moves less than 10 learning rates a step.
+        """
+        training, plan = self.training, self.plan()
+        if training.recipe == "fedavg-local":
+            return 10 * training.learning_rate * training.local_steps * math.sqrt(parameters)
+        divisor = plan.divisor(self.sites[site].declared_patients)
+        return (
+            10 * plan.clip / plan.sampling_rate
+            + 10 * plan.noise_multiplier * plan.clip * math.sqrt(parameters) / divisor
+        )
 
     def learning_rate(self, round_number: int) -> float:
         """Learning rate of round 1..rounds: constant, or linear decay that would reach 0 after the last round."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 from flwr.app import Message
 
 from common.errors import WardroundError, WireError
@@ -32,7 +34,13 @@ class Replies:
             )
 
 
-def collect(messages: Iterable[Message], roster: Mapping[int, str], terms: Terms, like: Weights) -> Replies:
+def collect(
+    messages: Iterable[Message],
+    roster: Mapping[int, str],
+    terms: Terms,
+    like: Weights,
+    largest: Mapping[str, float] | None = None,
+) -> Replies:
     """Sort replies into updates and refusals.
 
     Args:
@@ -40,6 +48,7 @@ def collect(messages: Iterable[Message], roster: Mapping[int, str], terms: Terms
         roster: node id -> site name, from the connection's keys, never from a reply.
         terms: what every reply must repeat.
         like: weights whose names and shapes an update must have.
+        largest: the L2 norm that no honest update of a site exceeds; a larger one would own the average.
 
     A second reply of a site and a reply of a node outside the roster are dropped. One bad reply never stops a round.
     """
@@ -49,7 +58,9 @@ def collect(messages: Iterable[Message], roster: Mapping[int, str], terms: Terms
         if site is None or site in replies.updates or site in replies.refused:
             continue
         try:
-            replies.updates[site] = _checked(reply_from_message(message), terms, like)
+            replies.updates[site] = _checked(
+                reply_from_message(message), terms, like, (largest or {}).get(site, math.inf)
+            )
         except WireError as error:
             replies.refused[site] = str(error)
     for site in roster.values():
@@ -58,10 +69,13 @@ def collect(messages: Iterable[Message], roster: Mapping[int, str], terms: Terms
     return replies
 
 
-def _checked(reply: Reply, terms: Terms, like: Weights) -> Weights:
+def _checked(reply: Reply, terms: Terms, like: Weights, largest: float) -> Weights:
     if reply.status is not Status.OK or reply.update is None:
         raise WireError(reply.status.value)
     if reply.terms != terms:
         raise WireError("round, study or code differ from what was asked")
     check_like(reply.update, like, "update")
+    norm = math.sqrt(sum(float(np.square(array, dtype=np.float64).sum()) for array in reply.update.values()))
+    if norm > largest:
+        raise WireError(f"update: norm {norm:.3g} exceeds {largest:.3g}, the most that an honest site can send")
     return reply.update

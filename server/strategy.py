@@ -32,6 +32,8 @@ class FederatedAveraging(Strategy):
         self._roster_of = roster
         self._site_weights = study.aggregation_weights()
         self._digest = study.digest()
+        parameters = sum(array.size for array in weights.values())
+        self._largest = {site: study.largest_update(site, parameters) for site in study.sites}
 
     def _terms(self, server_round: int) -> Terms:
         return Terms(self._digest, code_digest(), server_round)
@@ -41,7 +43,7 @@ class FederatedAveraging(Strategy):
     ) -> Iterable[Message]:
         """One TRAIN message with the global weights for every site of the roster, in order of site name."""
         del arrays, config, grid
-        self._roster = dict(self._roster_of())
+        self._roster = {node: site for node, site in self._roster_of().items() if site in self._site_weights}
         content = Request(self._terms(server_round), self.weights)
         for node, _site in sorted(self._roster.items(), key=lambda pair: pair[1]):
             yield Message(request_to_content(content), dst_node_id=node, message_type=MessageType.TRAIN)
@@ -50,7 +52,7 @@ class FederatedAveraging(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Step the global weights. Raises QuorumError, and leaves them as they were, without quorum."""
-        self.replies = collect(replies, self._roster, self._terms(server_round), self.weights)
+        self.replies = collect(replies, self._roster, self._terms(server_round), self.weights, self._largest)
         self.replies.require(self.study.quorum, server_round)
         average = weighted_mean(self.replies.updates, self._site_weights)
         if self.study.training.recipe == "fedavg-local":

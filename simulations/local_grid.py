@@ -184,6 +184,10 @@ def _work(pipe: Connection, open_site: OpenSite, roster: Mapping[int, str]) -> N
             answer: list[Message] | WardroundError = runner.finish()
         except WardroundError as error:
             answer = error
+        except Exception as error:  # its text may hold a patient's value
+            answer = WardroundError(
+                f"a worker process failed with {type(error).__name__}; run with one worker to see where"
+            )
         try:
             pipe.send(answer)
         except OSError:  # the grid was closed in the middle of a round

@@ -28,7 +28,9 @@ LIGHT = [
     "common.report.figures",
     "client.ledger",
     "client.readers.meds",
+    "client.site_file",
     "simulations.cohort",
+    "simulations.sources",
 ]
 
 
@@ -72,7 +74,7 @@ def test_what_a_site_checks_with_needs_no_torch(module: str) -> None:
 def test_reading_and_pricing_a_study_needs_no_torch() -> None:
     """Loading the demo study and computing its plan stays light: `check` and `budget` start on a bare machine."""
     statement = (
-        "from pathlib import Path; from common.study import load_study; load_study(Path('configs/demo.yaml')).digest()"
+        "from pathlib import Path; from common.study import load_study; load_study(Path('configs/demo.yaml')).plan()"
     )
     assert loaded_by(statement, HEAVY) == []
 

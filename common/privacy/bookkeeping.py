@@ -47,9 +47,10 @@ Noise = Callable[[Tensor, float], Tensor]
 def clip_weights(norms: Tensor, clip: float, dtype: torch.dtype) -> Tensor:
     """The factor [P] that brings each patient's gradient to a norm of at most `clip`.
 
-    min(1, clip / norm), and 0 for a patient whose norm is not finite. Opacus adds 1e-6 to the norm so as not to divide
-    by zero; here clip / 0 is infinite and the minimum 1, and nothing is added. Instead the quotient is lowered by 8 eps
-    of the model's type (9.5e-7 in float32), because factor and factor x row are rounded in that type.
+    min(1, clip / norm), and 0 for a patient whose norm is not finite, or so large that the factor underflows. Opacus
+    adds 1e-6 to the norm so as not to divide by zero; here clip / 0 is infinite and the minimum 1, and nothing is
+    added. Instead the quotient is lowered by 8 eps of the model's type (9.5e-7 in float32), because factor and
+    factor x row are rounded in that type.
 
     Args:
         norms: [P] float64 upper bounds.
@@ -60,7 +61,8 @@ def clip_weights(norms: Tensor, clip: float, dtype: torch.dtype) -> Tensor:
         weight x norm <= clip for every patient, also after weight and weighted rows are rounded to `dtype`.
     """
     lowered = clip / norms * (1 - 8 * torch.finfo(dtype).eps)
-    return torch.where(norms.isfinite(), lowered.clamp(max=1.0), 0.0)
+    representable = norms.isfinite() & (lowered >= torch.finfo(dtype).tiny)  # below, rounding could double a factor
+    return torch.where(representable, lowered.clamp(max=1.0), 0.0)
 
 
 class BookKeepingOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types

@@ -20,6 +20,9 @@ by at most T u s (Higham 2002, section 3.1, for any order of summation). So:
   (random rows: s / 2 to s / 8 for up to 300 steps), rows that cancel do. Rejected: adding a multiple of s^2 instead,
   which inflates exactly the norms of patients whose sequences disagree; and float64 always, a fifth of a step slower.
   Time then depends a little on the data, as it does on the batch's size; no guarantee covers time.
+- The same where an entry of a patient's rows is above 2^30. Its partner may then be so small that the partner's square
+  underflows to 0 in float32 and takes norm and s with it, while the product is not small: weights that a hostile
+  server can choose. Below 2^30, what underflows is below 1e-13 an entry.
 - No norm is reported smaller than s / 512. The clipped sum is rounded in proportion to c s, c the patient's clip
   factor; so c s <= 512 C, and a patient that cancels cannot blow up the rounding of the sum.
 
@@ -46,6 +49,7 @@ from common.privacy.rows import Rows
 
 DOUBTFUL = 1 / 8  # of the gross norm: for a smaller norm the product is formed in float64
 FLOOR = 1 / 512  # of the gross norm: no norm is reported smaller
+LARGE = 2.0**30  # no honest gradient or input reaches it; its partner may be so small that its square underflows
 GRAM_PRICE = 1.4  # a multiplication of the Gram form, in those of a formed product (measured: 1.0 to 1.4)
 
 
@@ -96,16 +100,20 @@ def squared_norms(rows: Rows, A: Tensor, factors: Sequence[Factor]) -> SquaredNo
     total = SquaredNorms(zeros, zeros.clone())
     width = A.shape[1] + sum(factor.width for factor in factors)
     formed = sum((factor.last - factor.first) * factor.width for factor in factors)
+    some_large = any(_has_large(tensor) for tensor in [A, *(factor.X for factor in factors)])
     for group in rows.groups(width):
         a = group.take(A, zero_padding=True)
         xs = [None if factor.X is None else group.take(factor.X) for factor in factors]
         cheaper = group.steps == 1 or GRAM_PRICE * group.steps * width < formed
         form = _by_gram if cheaper else _by_product
         net, gross = form(a, xs, factors)
-        doubtful = (net < gross * DOUBTFUL**2).nonzero()[:, 0]
+        in_doubt = net < gross * DOUBTFUL**2
+        if some_large:
+            in_doubt |= functools.reduce(torch.logical_or, [_is_large(m) for m in [a, *xs] if m is not None])
+        doubtful = in_doubt.nonzero()[:, 0]
         if len(doubtful):
             exact = [None if x is None else x[doubtful].double() for x in xs]
-            net[doubtful] = _by_product(a[doubtful].double(), exact, factors).net
+            net[doubtful], gross[doubtful] = _by_product(a[doubtful].double(), exact, factors)
         total.net.index_add_(0, group.patients, net)
         total.gross.index_add_(0, group.patients, gross)
     return total
@@ -140,6 +148,16 @@ def _by_product(a: Tensor, xs: Sequence[Tensor | None], factors: Sequence[Factor
             inputs += 1
     alone = _squares(a) * inputs  # at least: a factor may belong to some columns only
     return SquaredNorms(net, alone.sqrt().sum(1).square())
+
+
+def _has_large(tensor: Tensor | None) -> bool:
+    """Whether any entry of a tensor of rows is large; one pass, so that the usual case pays no more."""
+    return tensor is not None and tensor.numel() > 0 and not bool(torch.stack(tensor.aminmax()).abs().max() <= LARGE)
+
+
+def _is_large(m: Tensor) -> Tensor:
+    """Which patients have a large entry: [p, T, F] -> [p]. A NaN is not large: it makes the norm NaN by itself."""
+    return m.flatten(1).abs().amax(1) > LARGE if m[0].numel() else m.new_zeros(len(m), dtype=torch.bool)
 
 
 def _dot_products(m: Tensor) -> Tensor:

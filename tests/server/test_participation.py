@@ -129,3 +129,12 @@ def test_quorum_counts_usable_updates() -> None:
     replies.require(2, 7)
     with pytest.raises(QuorumError, match=r"round 7: 2 usable updates, the study's quorum is 3 \(south: LOCAL_FAILURE"):
         replies.require(3, 7)
+
+
+def test_an_update_that_would_own_the_average_is_dropped() -> None:
+    """An update above the public bound is refused by its norm; one at the bound is taken."""
+    norm = float(np.sqrt(sum(np.square(array).sum() for array in update().values())))
+    bounds = {"north": norm * 0.99, "east": norm * 1.01}
+    replies = collect([good(2), good(3)], {2: "north", 3: "east"}, TERMS, LIKE, bounds)
+    assert list(replies.updates) == ["east"]
+    assert "exceeds" in replies.refused["north"]
