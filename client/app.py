@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from client.site import Site
 from common.errors import WireError
 from common.provenance import code_digest
-from common.records import Reply, Status, Terms, reply_to_content, request_from_message
+from common.records import Header, Reply, Status, reply_to_content, request_from_message
 
 log = logging.getLogger("wardround.app")
 
@@ -36,9 +36,9 @@ def _answer(site_of: SiteOf, message: Message, context: Context) -> Reply:
     try:
         request = request_from_message(message)
     except WireError:
-        return Reply(Terms("", code_digest(), 0), Status.MALFORMED)
+        return Reply(Header("", code_digest(), 0), Status.MALFORMED)
     try:
         return site_of(context).train(request)
     except Exception as error:  # opening a site reads records, and Flower would send the exception's text on
         log.error("the site could not be opened: %s", type(error).__name__)
-        return Reply(Terms("", code_digest(), request.terms.round_number), Status.LOCAL_FAILURE)
+        return Reply(Header("", code_digest(), request.header.round_number), Status.LOCAL_FAILURE)

@@ -16,9 +16,10 @@ from common.errors import BudgetError, ConfigurationError, WireError
 from common.models.network import build_network
 from common.privacy.randomness import Randomness
 from common.provenance import code_digest
-from common.records import Reply, Request, Status, Terms, check_like, digest_of, from_bytes, to_bytes
+from common.records import Header, Reply, Request, Status, check_like
 from common.study import Study
 from common.training import load_state, local_optimizer, state_of, train_round
+from common.weights import digest_of, from_bytes, to_bytes
 
 log = logging.getLogger("wardround.site")
 
@@ -67,40 +68,40 @@ class Site:
             round with the same weights is answered with the same bytes. Nothing in the reply but the noised update
             depends on the records.
         """
-        terms = Terms(self._digest, code_digest(), request.terms.round_number)
-        if (request.terms.wire, request.terms.code) != (terms.wire, terms.code):
-            return Reply(terms, Status.VERSION)
-        if request.terms.study != self._digest:
-            return Reply(terms, Status.STUDY)
-        if not 1 <= terms.round_number <= self.study.training.rounds:
-            return Reply(terms, Status.MALFORMED)
+        header = Header(self._digest, code_digest(), request.header.round_number)
+        if (request.header.wire, request.header.code) != (header.wire, header.code):
+            return Reply(header, Status.VERSION)
+        if request.header.study != self._digest:
+            return Reply(header, Status.STUDY)
+        if not 1 <= header.round_number <= self.study.training.rounds:
+            return Reply(header, Status.MALFORMED)
         try:
             check_like(request.weights, self._shapes, "weights")
         except WireError:
-            return Reply(terms, Status.MALFORMED)
+            return Reply(header, Status.MALFORMED)
         try:
             with self._one_round:
                 marked = self._mark(request)
                 update = marked if isinstance(marked, bytes) else self._train_and_store(request, marked)
-            return Reply(terms, Status.OK, from_bytes(update))
+            return Reply(header, Status.OK, from_bytes(update))
         except _RefusedError as error:
-            log.warning("round %d refused: %s", terms.round_number, error)
-            return Reply(terms, Status.BUDGET)
+            log.warning("round %d refused: %s", header.round_number, error)
+            return Reply(header, Status.BUDGET)
         except Exception as error:  # whatever it is, its text may hold a patient's value: only its class is logged
-            log.error("round %d failed with %s", terms.round_number, type(error).__name__)
-            return Reply(terms, Status.LOCAL_FAILURE)
+            log.error("round %d failed with %s", header.round_number, type(error).__name__)
+            return Reply(header, Status.LOCAL_FAILURE)
 
     def _mark(self, request: Request) -> Attempt | bytes:
         """Admit the plan and mark an attempt; or the bytes already released. Raises _RefusedError."""
         steps = self.study.training.local_steps
         try:
             self.ledger.admit(self._digest, self._plan)
-            return self.ledger.attempt(self._digest, request.terms.round_number, steps, digest_of(request.weights))
+            return self.ledger.attempt(self._digest, request.header.round_number, steps, digest_of(request.weights))
         except BudgetError as error:
             raise _RefusedError(str(error)) from None
 
     def _train_and_store(self, request: Request, marked: Attempt) -> bytes:
-        number, training = request.terms.round_number, self.study.training
+        number, training = request.header.round_number, self.study.training
         load_state(self._network, request.weights)
         update = train_round(
             self._network,

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.assembly import ranges
 from common.sequences import Sequences
 
 MASK_CENTRE = 0.5
@@ -103,7 +104,7 @@ class Dataset:
         """The packed batch of all sequences of `patients` (distinct indices [P]); P may be 0."""
         counts = self._per_patient[patients]
         owner = np.repeat(np.arange(len(patients)), counts)
-        chosen = _ranges(self._first[patients], counts)
+        chosen = ranges(self._first[patients], counts)
         by_length = np.argsort(-self._length[chosen], kind="stable")
         chosen, owner = chosen[by_length], owner[by_length]
         length = self._length[chosen]
@@ -111,7 +112,7 @@ class Dataset:
         begin = self.sequences.start[chosen]
         rows = np.concatenate([begin[:n] + t for t, n in enumerate(sizes)] or [np.empty(0, np.int64)])
         n_codes = np.diff(self.sequences.code_start)[rows]
-        codes = self.sequences.codes[_ranges(self.sequences.code_start[rows], n_codes)]
+        codes = self.sequences.codes[ranges(self.sequences.code_start[rows], n_codes)]
 
         def on_device(array: NDArray[np.generic], dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.as_tensor(array, dtype=dtype).to(self.device)
@@ -142,12 +143,6 @@ class Dataset:
             end = max(start + 1, int(np.searchsorted(rows_up_to, taken + max_rows, side="right")))
             yield self.batch(by_rows[start:end])
             start, taken = end, rows_up_to[end - 1]
-
-
-def _ranges(start: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
-    """start[0] .. start[0]+count[0]-1, start[1] .. : the ranges one after another."""
-    before: NDArray[np.int64] = np.cumsum(count) - count
-    return np.arange(int(count.sum())) + np.repeat(start - before, count)
 
 
 def _packed_sizes(length: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -7,20 +7,17 @@ if and only if the status is OK. No other key, no number that was computed from 
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
-import safetensors.numpy
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
-from numpy.typing import NDArray
 
 from common.errors import WireError
+from common.weights import Weights
 
 WIRE_VERSION = 1
-Weights = dict[str, NDArray[np.float32]]
 
 
 class Status(StrEnum):
@@ -35,7 +32,7 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True)
-class Terms:
+class Header:
     """The four values that open every message."""
 
     study: str
@@ -52,7 +49,7 @@ class Terms:
 class Request:
     """A round's request: train from these weights."""
 
-    terms: Terms
+    header: Header
     weights: Weights
 
 
@@ -60,14 +57,14 @@ class Request:
 class Reply:
     """A site's answer: an update if and only if `status` is OK."""
 
-    terms: Terms
+    header: Header
     status: Status
     update: Weights | None = None
 
 
 def request_to_content(request: Request) -> RecordDict:
     """The content of a TRAIN message."""
-    return RecordDict({"weights": _arrays(request.weights), "request": ConfigRecord(dict(request.terms.record()))})
+    return RecordDict({"weights": _arrays(request.weights), "request": ConfigRecord(dict(request.header.record()))})
 
 
 def request_from_message(message: Message) -> Request:
@@ -81,7 +78,7 @@ def request_from_message(message: Message) -> Request:
 
 def reply_to_content(reply: Reply) -> RecordDict:
     """The content of a site's answer."""
-    record = ConfigRecord({**reply.terms.record(), "status": reply.status.value})
+    record = ConfigRecord({**reply.header.record(), "status": reply.status.value})
     if reply.update is None:
         return RecordDict({"reply": record})
     return RecordDict({"reply": record, "update": _arrays(reply.update)})
@@ -113,22 +110,6 @@ def check_like(weights: Weights, expected: Weights, what: str) -> None:
             raise WireError(f"{what}: `{name}` has non-finite values")
 
 
-def to_bytes(weights: Weights) -> bytes:
-    """Weights as safetensors bytes, in order of name: equal weights, equal bytes."""
-    return safetensors.numpy.save({name: np.ascontiguousarray(weights[name]) for name in sorted(weights)})
-
-
-def from_bytes(data: bytes) -> Weights:
-    """Inverse of `to_bytes`."""
-    loaded = safetensors.numpy.load(data)
-    return {name: loaded[name] for name in sorted(loaded)}
-
-
-def digest_of(weights: Weights) -> str:
-    """sha256 of `to_bytes`."""
-    return hashlib.sha256(to_bytes(weights)).hexdigest()
-
-
 def _arrays(weights: Weights) -> ArrayRecord:
     return ArrayRecord(OrderedDict((name, Array(weights[name])) for name in sorted(weights)))
 
@@ -139,7 +120,7 @@ def _content(message: Message, keys: set[str]) -> RecordDict:
     return message.content
 
 
-def _terms(content: RecordDict, key: str, more: set[str]) -> tuple[Terms, dict[str, object]]:
+def _terms(content: RecordDict, key: str, more: set[str]) -> tuple[Header, dict[str, object]]:
     record = content[key]
     types = {"wire": int, "study": str, "code": str, "round": int} | dict.fromkeys(more, str)
     if not isinstance(record, ConfigRecord) or set(record) != set(types):
@@ -147,7 +128,7 @@ def _terms(content: RecordDict, key: str, more: set[str]) -> tuple[Terms, dict[s
     if any(type(record[name]) is not kind for name, kind in types.items()):
         raise WireError(f"`{key}` holds a value of the wrong type")
     values = dict(record)
-    terms = Terms(str(values["study"]), str(values["code"]), int(str(values["round"])), int(str(values["wire"])))
+    terms = Header(str(values["study"]), str(values["code"]), int(str(values["round"])), int(str(values["wire"])))
     return terms, {name: values[name] for name in more}
 
 

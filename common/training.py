@@ -20,8 +20,8 @@ from common.privacy.bookkeeping import BookKeepingHooks, BookKeepingOptimizer
 from common.privacy.plan import Plan
 from common.privacy.randomness import Randomness
 from common.privacy.rows import Rows
+from common.weights import Weights
 
-Weights = dict[str, NDArray[np.float32]]
 MAX_ROWS = 16_384  # packed rows in a micro-batch: bounds memory, and keeps its gates near the cache
 ADAM = {"betas": (0.9, 0.99), "eps": 1e-8}
 

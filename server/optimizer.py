@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-Weights = dict[str, NDArray[np.float32]]
+from common.weights import Weights
+
 Mean = dict[str, NDArray[np.float64]]
 BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8
 

@@ -10,7 +10,8 @@ import numpy as np
 from flwr.app import Message
 
 from common.errors import WardroundError, WireError
-from common.records import Reply, Status, Terms, Weights, check_like, reply_from_message
+from common.records import Header, Reply, Status, check_like, reply_from_message
+from common.weights import Weights
 
 
 class QuorumError(WardroundError):
@@ -37,7 +38,7 @@ class Replies:
 def collect(
     messages: Iterable[Message],
     roster: Mapping[int, str],
-    terms: Terms,
+    header: Header,
     like: Weights,
     largest: Mapping[str, float] | None = None,
 ) -> Replies:
@@ -46,7 +47,7 @@ def collect(
     Args:
         messages: what the grid returned.
         roster: node id -> site name, from the connection's keys, never from a reply.
-        terms: what every reply must repeat.
+        header: what every reply must repeat.
         like: weights whose names and shapes an update must have.
         largest: the L2 norm that no honest update of a site exceeds; a larger one would own the average.
 
@@ -59,7 +60,7 @@ def collect(
             continue
         try:
             replies.updates[site] = _checked(
-                reply_from_message(message), terms, like, (largest or {}).get(site, math.inf)
+                reply_from_message(message), header, like, (largest or {}).get(site, math.inf)
             )
         except WireError as error:
             replies.refused[site] = str(error)
@@ -69,10 +70,10 @@ def collect(
     return replies
 
 
-def _checked(reply: Reply, terms: Terms, like: Weights, largest: float) -> Weights:
+def _checked(reply: Reply, header: Header, like: Weights, largest: float) -> Weights:
     if reply.status is not Status.OK or reply.update is None:
         raise WireError(reply.status.value)
-    if reply.terms != terms:
+    if reply.header != header:
         raise WireError("round, study or code differ from what was asked")
     check_like(reply.update, like, "update")
     norm = math.sqrt(sum(float(np.square(array, dtype=np.float64).sum()) for array in reply.update.values()))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 
-from common.records import Weights
+from common.weights import Weights
 from server.strategy import FederatedAveraging
 
 

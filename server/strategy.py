@@ -9,8 +9,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from common.provenance import code_digest
-from common.records import Request, Terms, Weights, request_to_content
+from common.records import Header, Request, request_to_content
 from common.study import Study
+from common.weights import Weights
 from server.optimizer import AdamState, adam, plain, weighted_mean
 from server.participation import Replies, collect
 
@@ -35,8 +36,8 @@ class FederatedAveraging(Strategy):
         parameters = sum(array.size for array in weights.values())
         self._largest = {site: study.largest_update(site, parameters) for site in study.sites}
 
-    def _terms(self, server_round: int) -> Terms:
-        return Terms(self._digest, code_digest(), server_round)
+    def _header(self, server_round: int) -> Header:
+        return Header(self._digest, code_digest(), server_round)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -44,7 +45,7 @@ class FederatedAveraging(Strategy):
         """One TRAIN message with the global weights for every site of the roster, in order of site name."""
         del arrays, config, grid
         self._roster = {node: site for node, site in self._roster_of().items() if site in self._site_weights}
-        content = Request(self._terms(server_round), self.weights)
+        content = Request(self._header(server_round), self.weights)
         for node, _site in sorted(self._roster.items(), key=lambda pair: pair[1]):
             yield Message(request_to_content(content), dst_node_id=node, message_type=MessageType.TRAIN)
 
@@ -52,7 +53,7 @@ class FederatedAveraging(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Step the global weights. Raises QuorumError, and leaves them as they were, without quorum."""
-        self.replies = collect(replies, self._roster, self._terms(server_round), self.weights, self._largest)
+        self.replies = collect(replies, self._roster, self._header(server_round), self.weights, self._largest)
         self.replies.require(self.study.quorum, server_round)
         average = weighted_mean(self.replies.updates, self._site_weights)
         if self.study.training.recipe == "fedavg-local":

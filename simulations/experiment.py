@@ -22,10 +22,11 @@ from common.errors import DataError
 from common.metrics import Interval, auroc, bootstrap
 from common.models.network import build_network
 from common.privacy.accounting import epsilon_of
-from common.records import Status, Weights
+from common.records import Status
 from common.sequences import Sequences
 from common.study import Study
 from common.training import load_state, predict, state_of
+from common.weights import Weights
 from server.rounds import RoundRecord, run
 from server.strategy import FederatedAveraging
 from simulations.cohort import best_possible, read_truth

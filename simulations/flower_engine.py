@@ -22,8 +22,8 @@ from client.app import build_app
 from client.site import Site
 from common.errors import ConfigurationError, WardroundError
 from common.models.network import build_network
-from common.records import Weights
 from common.training import state_of
+from common.weights import Weights
 from server.rounds import run
 from server.strategy import FederatedAveraging
 from simulations.hospitals import Hospitals

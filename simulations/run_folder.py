@@ -21,9 +21,9 @@ from rich.table import Table
 
 from common.errors import ConfigurationError
 from common.provenance import code_digest
-from common.records import to_bytes
 from common.report.figures import rounds_figure
 from common.study import Study
+from common.weights import to_bytes
 from simulations.experiment import Progress, Result, SiteScore
 from simulations.seeded import STAMP
 

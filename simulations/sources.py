@@ -13,6 +13,10 @@ from common.sequences import Sequences, check_trainable
 from common.study import Study
 from simulations.cohort import PRESETS, write_cohort
 
+# Records without a split file are split by a keyed hash of the patient id. A site's own key is secret; a simulation's
+# is not, and the same for every seed, so that all seeds are scored on the same patients.
+SPLIT_KEY = b"wardround simulation split key"
+
 # A sweep opens the same records many times over; they do not change while a process lives.
 _already_read: dict[tuple[object, ...], Sequences] = {}
 
@@ -22,7 +26,9 @@ def read_sequences(study: Study, directory: Path, splits: tuple[str, ...]) -> Se
     terms, schema, task = study.records, study.features, study.task.name
     key = (directory, task, schema.digest(), splits, terms.max_steps, terms.bin_hours)
     if key not in _already_read:
-        _already_read[key] = read(directory, task, schema, splits, max_steps=terms.max_steps, bin_hours=terms.bin_hours)
+        _already_read[key] = read(
+            directory, task, schema, splits, max_steps=terms.max_steps, bin_hours=terms.bin_hours, split_key=SPLIT_KEY
+        )
     return _already_read[key]
 
 

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from common.privacy.plan import Plan
 from common.provenance import code_digest
-from common.records import Request, Terms, Weights, request_to_content
+from common.records import Header, Request, request_to_content
 from common.sequences import Sequences
 from common.study import Study
 from common.terms import parse
+from common.weights import Weights
 from simulations.seeded import Silent
 
 VALUES, CODES, STATICS = 2, 3, 1
@@ -136,7 +137,7 @@ def plan(**changes: Any) -> Plan:
 
 def request(study: Study, weights: Weights, round_number: int = 1) -> Request:
     """What the server of `study` asks for."""
-    return Request(Terms(study.digest(), code_digest(), round_number), weights)
+    return Request(Header(study.digest(), code_digest(), round_number), weights)
 
 
 def message(content: RecordDict, *, node: int = 2, kind: str = MessageType.TRAIN) -> Message:

@@ -12,7 +12,7 @@ from client.ledger import MemoryLedger
 from client.site import Site
 from common.batching import Dataset
 from common.models.network import build_network
-from common.records import Reply, Status, Terms, reply_from_message
+from common.records import Header, Reply, Status, reply_from_message
 from common.training import state_of
 from simulations.seeded import SeededRandomness
 from tests.small import as_sequences, made_up_patients, message, request, request_message, small_study
@@ -38,7 +38,7 @@ def test_a_train_message_is_answered_by_the_site() -> None:
     got = answer(sent)
     expected = site().train(request(STUDY, WEIGHTS))
     found = reply_from_message(got)
-    assert (found.terms, found.status) == (expected.terms, Status.OK)
+    assert (found.header, found.status) == (expected.header, Status.OK)
     assert found.update is not None
     assert expected.update is not None
     assert all((found.update[name] == expected.update[name]).all() for name in expected.update)
@@ -53,7 +53,7 @@ def test_a_train_message_is_answered_by_the_site() -> None:
 def test_a_malformed_message_is_answered_with_a_code(content: RecordDict) -> None:
     """Whatever is not a request gets MALFORMED, with nothing in it from the message or the site."""
     found = reply_from_message(answer(message(content)))
-    assert found == Reply(Terms("", found.terms.code, 0), Status.MALFORMED)
+    assert found == Reply(Header("", found.header.code, 0), Status.MALFORMED)
 
 
 def test_a_site_that_cannot_be_opened_is_answered_with_a_code(caplog: pytest.LogCaptureFixture) -> None:

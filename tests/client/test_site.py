@@ -19,8 +19,9 @@ from common.errors import ConfigurationError
 from common.models.network import build_network
 from common.privacy.plan import Plan
 from common.privacy.randomness import Randomness
-from common.records import Reply, Request, Status, Weights, reply_to_content, to_bytes
+from common.records import Reply, Request, Status, reply_to_content
 from common.training import state_of
+from common.weights import Weights, to_bytes
 from simulations.seeded import SeededRandomness
 from tests.small import Patient, as_sequences, made_up_patients, request, small_study
 
@@ -185,8 +186,8 @@ def test_without_a_given_source_no_two_updates_are_alike() -> None:
     assert all((one[name] != other[name]).all() for name in one)
 
 
-def _terms(**changes: Any) -> Change:
-    return lambda r: dataclasses.replace(r, terms=dataclasses.replace(r.terms, **changes))
+def _header(**changes: Any) -> Change:
+    return lambda r: dataclasses.replace(r, header=dataclasses.replace(r.header, **changes))
 
 
 def _weights(change: Callable[[Weights], Weights]) -> Change:
@@ -202,14 +203,14 @@ def _spoilt(weights: Weights) -> Weights:
 @pytest.mark.parametrize(
     ("change", "status"),
     [
-        (_terms(wire=0), Status.VERSION),
-        (_terms(wire=2), Status.VERSION),
-        (_terms(code="0" * 64), Status.VERSION),
-        (_terms(study="0" * 64), Status.STUDY),
-        (_terms(study=small_study(privacy={"clip": 7.0}).digest()), Status.STUDY),
-        (_terms(round_number=0), Status.MALFORMED),
-        (_terms(round_number=-1), Status.MALFORMED),
-        (_terms(round_number=4), Status.MALFORMED),
+        (_header(wire=0), Status.VERSION),
+        (_header(wire=2), Status.VERSION),
+        (_header(code="0" * 64), Status.VERSION),
+        (_header(study="0" * 64), Status.STUDY),
+        (_header(study=small_study(privacy={"clip": 7.0}).digest()), Status.STUDY),
+        (_header(round_number=0), Status.MALFORMED),
+        (_header(round_number=-1), Status.MALFORMED),
+        (_header(round_number=4), Status.MALFORMED),
         (_weights(_spoilt), Status.MALFORMED),
         (_weights(lambda w: {**w, "more": np.zeros(1, np.float32)}), Status.MALFORMED),
         (_weights(lambda w: {n: a for n, a in w.items() if n != "head.bias"}), Status.MALFORMED),

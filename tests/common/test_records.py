@@ -20,24 +20,21 @@ from common.errors import WireError
 from common.models.network import build_network
 from common.records import (
     WIRE_VERSION,
+    Header,
     Reply,
     Request,
     Status,
-    Terms,
-    Weights,
     check_like,
-    digest_of,
-    from_bytes,
     reply_from_message,
     reply_to_content,
     request_from_message,
     request_to_content,
-    to_bytes,
 )
 from common.training import load_state, state_of
+from common.weights import Weights, digest_of, from_bytes, to_bytes
 from tests.small import message, reply_message, small_study
 
-TERMS = Terms("a" * 64, "b" * 64, 3)
+TERMS = Header("a" * 64, "b" * 64, 3)
 SECRET = "PATIENT-4711"
 examples = settings(deadline=None, max_examples=150)
 
@@ -153,9 +150,9 @@ def refused(decode: Decode, content: RecordDict) -> None:
 
 
 def test_a_request_comes_back_as_it_was() -> None:
-    """Terms and weights survive the wire: names, shapes, bits."""
+    """Header and weights survive the wire: names, shapes, bits."""
     found = decode_request(good_request())
-    assert found.terms == TERMS
+    assert found.header == TERMS
     assert same(weights(), found.weights)
 
 
@@ -164,7 +161,7 @@ def test_a_reply_comes_back_as_it_was(status: Status) -> None:
     """Every status survives the wire, with an update exactly if it is OK."""
     update = weights(1) if status is Status.OK else None
     found = decode_reply(reply_to_content(Reply(TERMS, status, update)))
-    assert (found.terms, found.status) == (TERMS, status)
+    assert (found.header, found.status) == (TERMS, status)
     if update is None:
         assert found.update is None
     else:
@@ -225,7 +222,7 @@ def test_values_of_another_type_are_refused(
 
 @both
 def test_records_of_another_kind_are_refused(good: Good, decode: Decode, terms_key: str, arrays_key: str) -> None:
-    """Terms that are metrics or arrays, and arrays that are terms, are a WireError."""
+    """A header that is metrics or arrays, and arrays that are terms, are a WireError."""
     for key in (terms_key, arrays_key):
         for other in (MetricRecord({"wire": 1}), ConfigRecord({"a": SECRET}), ArrayRecord([np.zeros(1, np.float32)])):
             content = good()

@@ -18,8 +18,8 @@ from torch import nn
 from common.batching import Dataset
 from common.models.network import build_network
 from common.privacy.plan import Plan
-from common.records import Weights
 from common.training import load_state, local_optimizer, patient_losses, state_of, train_round
+from common.weights import Weights
 from simulations.seeded import SeededRandomness
 from tests.small import Chosen, Patient, as_sequences, made_up_patients, plan, small_study
 

@@ -237,3 +237,16 @@ def test_bad_records_are_one_clear_error(fault: str, records: Path, tmp_path: Pa
     ids = pl.read_parquet(records / "north" / "labels" / "diagnosis.parquet")["subject_id"]
     assert not {str(i) for i in ids} & set(re.findall(r"\d{5,}", lines[0]))
     assert not (tmp_path / "out").exists()
+
+
+def test_records_without_a_split_file_are_split_by_patient(records: Path, tmp_path: Path) -> None:
+    """Sites without metadata/subject_splits.parquet are split by a keyed hash of the patient id, and run."""
+    shutil.copytree(records, tmp_path / "records")
+    for site in SITES:
+        (tmp_path / "records" / site / "metadata" / "subject_splits.parquet").unlink()
+    study = small_study(tmp_path, simulation__cohort=None)
+    done = wardround("simulate", "run", study, "--data", tmp_path / "records", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    scored = len(pl.read_parquet(tmp_path / "out" / "predictions.parquet"))
+    labelled = sum(len(pl.read_parquet(records / site / "labels" / "diagnosis.parquet")) for site in SITES)
+    assert 0.05 * labelled < scored < 0.3 * labelled  # 15 % are held out

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.records import Weights
+from common.weights import Weights
 from server.optimizer import AdamState, adam, plain, weighted_mean
 
 NAMES = ("b.weight", "a")

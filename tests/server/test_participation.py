@@ -13,11 +13,12 @@ from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.records import Reply, Status, Terms, Weights, reply_to_content
+from common.records import Header, Reply, Status, reply_to_content
+from common.weights import Weights
 from server.participation import QuorumError, Replies, collect
 from tests.small import SITE_NODES, message, reply_message
 
-TERMS = Terms("s" * 64, "c" * 64, 5)
+TERMS = Header("s" * 64, "c" * 64, 5)
 LIKE: Weights = {"w": np.zeros((2, 2), np.float32), "b": np.zeros(2, np.float32)}
 ROSTER = {**SITE_NODES, 4: "south"}
 SECRET = "PATIENT-4711"

@@ -13,9 +13,10 @@ from flwr.serverapp import Grid
 
 from common.models.network import build_network
 from common.provenance import code_digest
-from common.records import Reply, Request, Status, Terms, Weights, reply_to_content, request_from_message
+from common.records import Header, Reply, Request, Status, reply_to_content, request_from_message
 from common.study import Study
 from common.training import state_of
+from common.weights import Weights
 from server.participation import QuorumError
 from server.rounds import RoundRecord, run
 from server.strategy import FederatedAveraging
@@ -65,7 +66,7 @@ def update_of(site: str, round_number: int) -> Weights:
 
 def honest(site: str, request: Request) -> RecordDict:
     """What a site without faults answers."""
-    return reply_to_content(Reply(request.terms, Status.OK, update_of(site, request.terms.round_number)))
+    return reply_to_content(Reply(request.header, Status.OK, update_of(site, request.header.round_number)))
 
 
 def strategy_of(study: Study = STUDY, start: Weights = START) -> FederatedAveraging:
@@ -111,7 +112,7 @@ def test_every_site_is_sent_the_weights_and_the_terms_and_nothing_else() -> None
         assert message.metadata.message_type == MessageType.TRAIN
         assert set(message.content) == {"weights", "request"}
         request = request_from_message(message)
-        assert request.terms == Terms(STUDY.digest(), code_digest(), 1)
+        assert request.header == Header(STUDY.digest(), code_digest(), 1)
         assert same(request.weights, {name: START[name] for name in sorted(START)})
 
 
@@ -145,17 +146,17 @@ def test_a_missing_sites_weight_goes_to_the_others() -> None:
 def _nan(site: str, request: Request) -> RecordDict:
     spoilt = update_of(site, 1)
     spoilt["head.bias"][0] = np.nan
-    return reply_to_content(Reply(request.terms, Status.OK, spoilt))
+    return reply_to_content(Reply(request.header, Status.OK, spoilt))
 
 
 def _shape(site: str, request: Request) -> RecordDict:
     return reply_to_content(
-        Reply(request.terms, Status.OK, {**update_of(site, 1), "head.bias": np.zeros(2, np.float32)})
+        Reply(request.header, Status.OK, {**update_of(site, 1), "head.bias": np.zeros(2, np.float32)})
     )
 
 
 def _old(site: str, request: Request) -> RecordDict:
-    terms = Terms(request.terms.study, request.terms.code, request.terms.round_number - 1)
+    terms = Header(request.header.study, request.header.code, request.header.round_number - 1)
     return reply_to_content(Reply(terms, Status.OK, update_of(site, 1)))
 
 
@@ -174,7 +175,7 @@ def _heavy_terms(site: str, request: Request) -> RecordDict:
 
 
 def _refusal(site: str, request: Request) -> RecordDict:
-    return reply_to_content(Reply(request.terms, Status.LOCAL_FAILURE))
+    return reply_to_content(Reply(request.header, Status.LOCAL_FAILURE))
 
 
 FAULTS: list[Answer] = [_nan, _shape, _old, _heavy, _heavy_terms, _refusal, lambda _site, _request: RecordDict()]
@@ -228,8 +229,10 @@ def test_every_round_is_recorded_with_who_took_part() -> None:
     """`on_round` sees number, sites, reasons and the new weights after each aggregate; a round that failed is none."""
 
     def answer(site: str, request: Request) -> RecordDict | None:
-        late = request.terms.round_number >= 2 and site == "north"
-        return (_refusal(site, request) if request.terms.round_number == 2 else None) if late else honest(site, request)
+        late = request.header.round_number >= 2 and site == "north"
+        return (
+            (_refusal(site, request) if request.header.round_number == 2 else None) if late else honest(site, request)
+        )
 
     study = small_study(quorum=1)
     records: list[RoundRecord] = []

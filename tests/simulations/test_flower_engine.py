@@ -14,8 +14,9 @@ from flwr.app import Context, Message, RecordDict
 
 from common.errors import ConfigurationError
 from common.models.network import build_network
-from common.records import from_bytes, reply_from_message
+from common.records import reply_from_message
 from common.training import state_of
+from common.weights import from_bytes
 from server.rounds import run
 from server.strategy import FederatedAveraging
 from simulations import flower_engine

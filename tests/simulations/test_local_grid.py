@@ -23,8 +23,9 @@ from common.errors import DataError, WardroundError
 from common.models.network import build_network
 from common.privacy.accounting import epsilon_of
 from common.provenance import code_digest
-from common.records import Request, Terms, Weights, reply_from_message, request_to_content
+from common.records import Header, Request, reply_from_message, request_to_content
 from common.training import state_of
+from common.weights import Weights
 from server.participation import QuorumError
 from server.rounds import RoundRecord, run
 from server.strategy import FederatedAveraging
@@ -112,7 +113,7 @@ def same(one: Weights, other: Weights) -> bool:
 
 def ask(node: int, round_number: int = 1) -> Message:
     weights = state_of(build_network(STUDY, 1))
-    content = request_to_content(Request(Terms(STUDY.digest(), code_digest(), round_number), weights))
+    content = request_to_content(Request(Header(STUDY.digest(), code_digest(), round_number), weights))
     return Message(content, dst_node_id=node, message_type=MessageType.TRAIN)
 
 
