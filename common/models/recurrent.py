@@ -172,7 +172,11 @@ class RNN(Recurrent, nn.RNN):
 
 
 class GRU(Recurrent, nn.GRU):
-    """torch.nn.GRU for private training."""
+    """torch.nn.GRU for private training.
+
+    Papers also write h = (1 - z) h + z tanh(W x + (1 - r) U h + b). That is the same layer with the weights and biases
+    of the gates r and z negated, and no hidden bias of the candidate.
+    """
 
 
 class LSTM(Recurrent, nn.LSTM):
