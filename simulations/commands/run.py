@@ -45,7 +45,8 @@ def command(
 
     resolve(terms.device)
     beside = lines_of(terms, [name for name in lines.split(",") if name])
-    run_folder.create(out, terms, chosen_seed)
+    held_out = HeldOut(Hospitals(terms, directories, chosen_seed)) if directories is not None else None
+    run_folder.create(out, terms, chosen_seed)  # from here on nothing is refused for what stands in a file
     if directories is None:
         directories = write_synthetic(terms, chosen_seed, out / "cohort")
     hospitals = Hospitals(terms, directories, chosen_seed)
@@ -68,7 +69,7 @@ def command(
                 highlight=False,
             )
 
-    result = simulate(hospitals, workers=workers, held_out=HeldOut(hospitals), on_round=show)
+    result = simulate(hospitals, workers=workers, held_out=held_out, on_round=show)
     others = {}
     for name, line in beside.items():
         console.print(f"beside it: {name}", highlight=False)

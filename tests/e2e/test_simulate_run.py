@@ -200,6 +200,10 @@ def broken(records: Path, fault: str) -> None:
             events.with_columns(numeric_value=worse.otherwise(None).cast(pl.Float32)).write_parquet(data)
         case "empty site":
             labels.clear().write_parquet(label)
+        case "nobody held out":
+            splits = pl.read_parquet(site / "metadata" / "subject_splits.parquet")
+            everyone = splits.with_columns(split=pl.lit("train").cast(splits.schema["split"]))
+            everyone.write_parquet(site / "metadata" / "subject_splits.parquet")
 
 
 BAD_RECORDS = {
@@ -213,6 +217,7 @@ BAD_RECORDS = {
     "prediction before events": "prediction",
     "infinite value": "numeric_value",
     "empty site": "patients|label",
+    "nobody held out": "held_out",
 }
 
 
