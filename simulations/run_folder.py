@@ -97,7 +97,7 @@ def table(scores: list[SiteScore], title: str) -> Table:
     out = Table(title=title, title_justify="left")
     out.add_column("site")
     for column in ("declared patients", "epsilon", "AUROC [95 % interval]", "best possible"):
-        out.add_column(column, justify="right")
+        out.add_column(column, justify="right", no_wrap=column.startswith("AUROC"))
     for score in scores:
         if score.site == scores[-1].site:
             out.add_section()
