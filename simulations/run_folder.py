@@ -95,7 +95,7 @@ def stamps(study: Study) -> list[str]:
 def table(scores: list[SiteScore], title: str) -> Table:
     """The final table for a terminal."""
     out = Table(title=title, title_justify="left")
-    out.add_column("site")
+    out.add_column("site", overflow="fold")
     for column in ("declared patients", "epsilon", "AUROC [95 % interval]", "best possible"):
         out.add_column(column, justify="right", no_wrap=column.startswith("AUROC"))
     for score in scores:
