@@ -33,7 +33,7 @@ class Hospitals:
     randomness: type[SeededRandomness] = SeededRandomness
 
     def dataset(self, site: str, splits: tuple[str, ...]) -> Dataset:
-        """The same as a Dataset on the study's device."""
+        """The site's sequences of these splits, on the study's device. Raises DataError if they cannot be used."""
         return Dataset(
             read_sequences(self.study, self.directories[site], splits),
             centre_mask=self.study.model.centre_mask,
