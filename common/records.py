@@ -1,12 +1,15 @@
 """Study terms <-> Flower records: the only place that knows the names on the wire.
 
-Server to site, message type TRAIN: `weights` (ArrayRecord) and `request` (ConfigRecord: wire, study, code, round).
-Site to server: `reply` (ConfigRecord: the same four and `status`, a word from `Status`), and `update` (ArrayRecord)
-if and only if the status is OK. No other key, no number that was computed from patients but the noised update.
+Server to site, message type TRAIN: `weights` (ArrayRecord) and `request` (ConfigRecord: wire, study, code, round,
+and `head`, the newest head of the site's ledger that this server has seen, or nothing). Site to server: `reply`
+(ConfigRecord: the same four, `status`, a word from `Status`, and `head`, its ledger's head now), and `update`
+(ArrayRecord) if and only if the status is OK. No other key, no number that was computed from patients but the noised
+update. A head is a salted hash: it tells a server nothing, and a site whether its ledger was put back to an older one.
 """
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,6 +21,7 @@ from common.errors import WireError
 from common.weights import Weights
 
 WIRE_VERSION = 1
+HEAD = re.compile("(?:[0-9a-f]{64})?")
 
 
 class Status(StrEnum):
@@ -27,7 +31,9 @@ class Status(StrEnum):
     VERSION = "VERSION"  # another wire version or other code
     STUDY = "STUDY"  # another study than the one pinned here
     MALFORMED = "MALFORMED"  # keys, shapes or types not as agreed
+    POLICY = "POLICY"  # the site's own limits refuse the study
     BUDGET = "BUDGET"  # the ledger refuses
+    ROLLBACK = "ROLLBACK"  # the ledger is older than what the server has seen of it
     LOCAL_FAILURE = "LOCAL_FAILURE"
 
 
@@ -47,10 +53,11 @@ class Header:
 
 @dataclass(frozen=True)
 class Request:
-    """A round's request: train from these weights."""
+    """A round's request: train from these weights. `head`: see the module docstring; "" if there is none."""
 
     header: Header
     weights: Weights
+    head: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,11 +67,13 @@ class Reply:
     header: Header
     status: Status
     update: Weights | None = None
+    head: str = ""
 
 
 def request_to_content(request: Request) -> RecordDict:
     """The content of a TRAIN message."""
-    return RecordDict({"weights": _arrays(request.weights), "request": ConfigRecord(dict(request.header.record()))})
+    record = ConfigRecord({**request.header.record(), "head": request.head})
+    return RecordDict({"weights": _arrays(request.weights), "request": record})
 
 
 def request_from_message(message: Message) -> Request:
@@ -72,13 +81,13 @@ def request_from_message(message: Message) -> Request:
     if message.metadata.message_type != MessageType.TRAIN:
         raise WireError(f"message type must be {MessageType.TRAIN}")
     content = _content(message, {"weights", "request"})
-    terms = _terms(content, "request", set())[0]
-    return Request(terms, _weights(content, "weights"))
+    terms, rest = _terms(content, "request", {"head"})
+    return Request(terms, _weights(content, "weights"), _head(rest))
 
 
 def reply_to_content(reply: Reply) -> RecordDict:
     """The content of a site's answer."""
-    record = ConfigRecord({**reply.header.record(), "status": reply.status.value})
+    record = ConfigRecord({**reply.header.record(), "status": reply.status.value, "head": reply.head})
     if reply.update is None:
         return RecordDict({"reply": record})
     return RecordDict({"reply": record, "update": _arrays(reply.update)})
@@ -90,13 +99,13 @@ def reply_from_message(message: Message) -> Reply:
         raise WireError(f"the connection reported error code {message.error.code} instead of a reply")
     answered = message.has_content() and "update" in message.content
     content = _content(message, {"reply", "update"} if answered else {"reply"})
-    terms, rest = _terms(content, "reply", {"status"})
+    terms, rest = _terms(content, "reply", {"status", "head"})
     if rest["status"] not in set(Status):
         raise WireError("status is not a word of the closed list")
     status = Status(str(rest["status"]))
     if (status is Status.OK) != answered:
         raise WireError("an update must come with status OK, and only then")
-    return Reply(terms, status, _weights(content, "update") if answered else None)
+    return Reply(terms, status, _weights(content, "update") if answered else None, _head(rest))
 
 
 def check_like(weights: Weights, expected: Weights, what: str) -> None:
@@ -130,6 +139,13 @@ def _terms(content: RecordDict, key: str, more: set[str]) -> tuple[Header, dict[
     values = dict(record)
     terms = Header(str(values["study"]), str(values["code"]), int(str(values["round"])), int(str(values["wire"])))
     return terms, {name: values[name] for name in more}
+
+
+def _head(rest: dict[str, object]) -> str:
+    head = str(rest["head"])
+    if not HEAD.fullmatch(head):
+        raise WireError("`head` must be 64 hexadecimal digits or empty")
+    return head
 
 
 def _weights(content: RecordDict, key: str) -> Weights:

@@ -2,7 +2,7 @@
 
 Everything that may influence a released gradient stands here or follows from it: plan, model, aggregation weights.
 `declared_patients` is the rounded cohort size that a person at the site agreed to publish; the true count appears in
-no formula. The `simulation` section is for virtual hospitals only and is no part of the digest.
+no formula. The digest leaves out `simulation`, which is for virtual hospitals, and `sites`, see `Study.digest`.
 """
 
 from __future__ import annotations
@@ -148,12 +148,15 @@ class Study(Terms):
             raise ValueError("model.pooling of `cell: none` must name mean_input or last_input")
         return self
 
-    def digest(self) -> str:
-        """sha256 of the terms without `simulation`: what a site pins."""
-        return self.model_copy(update={"simulation": Simulation()})._whole_digest()
+    def digest(self, *, without: frozenset[str] = frozenset({"simulation", "sites"})) -> str:
+        """sha256 of the terms without `simulation` and `sites`: what a site pins.
 
-    def _whole_digest(self) -> str:
-        return super().digest()
+        Who else takes part changes nothing that a site promises its patients: its noise is its own. So a hospital may
+        join without every other one pinning the study again. Of `sites` a site uses its own entry, in its own copy.
+
+        Every other field counts, defaults too: a version of wardround that adds a term is one to agree to again.
+        """
+        return super().digest(without=without)
 
     def plan(self) -> Plan:
         """The plan that each site computes for itself from these terms. Raises PlanError if none exists."""

@@ -37,9 +37,14 @@ class Terms(BaseModel):
                 raise ValueError("yes, no, true and false stand for no number or word here; write the value")
         return value
 
-    def digest(self) -> str:
-        """sha256 over the canonical JSON of the terms: equal terms, equal digest, whatever the file's layout."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    def digest(self, *, without: frozenset[str] = frozenset()) -> str:
+        """sha256 over the canonical JSON of the terms: equal terms, equal digest, whatever the file's layout.
+
+        Args:
+            without: top-level fields that do not count.
+        """
+        plain = self.model_dump(mode="json", exclude=set(without))
+        canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

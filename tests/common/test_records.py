@@ -115,11 +115,11 @@ UNREADABLE = {
 
 
 def good_request() -> RecordDict:
-    return request_to_content(Request(TERMS, weights()))
+    return request_to_content(Request(TERMS, weights(), "c" * 64))
 
 
 def good_reply() -> RecordDict:
-    return reply_to_content(Reply(TERMS, Status.OK, weights()))
+    return reply_to_content(Reply(TERMS, Status.OK, weights(), "c" * 64))
 
 
 def decode_request(content: RecordDict) -> Request:
@@ -174,8 +174,27 @@ def test_nothing_else_is_on_the_wire() -> None:
     asked, answered = good_request(), good_reply()
     assert set(asked) == {"weights", "request"}
     assert set(answered) == {"reply", "update"}
-    assert dict(asked["request"]) == {"wire": WIRE_VERSION, "study": "a" * 64, "code": "b" * 64, "round": 3}
-    assert dict(answered["reply"]) == {**dict(asked["request"]), "status": "OK"}
+    same_four = {"wire": WIRE_VERSION, "study": "a" * 64, "code": "b" * 64, "round": 3}
+    assert dict(asked["request"]) == {**same_four, "head": "c" * 64}
+    assert dict(answered["reply"]) == {**same_four, "head": "c" * 64, "status": "OK"}
+
+
+@pytest.mark.parametrize("head", ["", "d" * 64])
+def test_the_head_of_the_ledger_comes_back_as_it_was(head: str) -> None:
+    """A head, or none, survives the wire both ways."""
+    assert decode_request(request_to_content(Request(TERMS, weights(), head))).head == head
+    assert decode_reply(reply_to_content(Reply(TERMS, Status.BUDGET, head=head))).head == head
+
+
+@both
+@pytest.mark.parametrize("head", ["d" * 63, "D" * 64, "d" * 64 + "\n", SECRET, "g" * 64])
+def test_a_head_that_is_none_is_refused(good: Good, decode: Decode, terms_key: str, arrays_key: str, head: str) -> None:
+    """Whatever is not 64 hexadecimal digits is a WireError."""
+    content = good()
+    record = content[terms_key]
+    assert isinstance(record, ConfigRecord)
+    record["head"] = head
+    refused(decode, content)
 
 
 @both
