@@ -7,7 +7,7 @@ emptied after every clip: one pass at a time, because two passes may number thei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from common.models.recurrent import Recurrent
 from common.privacy.norms import SquaredNorms
+from common.privacy.products import ProductGradient
 from common.privacy.rows import Rows
 from common.privacy.samplers import SAMPLERS, PatientGradient, Strand, Use, fallback, recurrent
 
@@ -28,19 +29,17 @@ class PatientGradients:
         count: P, patients.
         parts: modules' gradients, in any order.
         scale: 1, or P where the loss was a mean over patients (Opacus's loss_reduction="mean").
+        device: where they are.
     """
 
     count: int
     parts: Sequence[PatientGradient]
     scale: float
+    device: torch.device
 
     def norms(self) -> Tensor:
         """[P] float64: upper bounds on the norms over all parameters together; not finite for NaN or overflow."""
-        parts = [part.squared_norms() for part in self.parts]
-        total = SquaredNorms(
-            torch.stack([part.net for part in parts]).sum(0), torch.stack([part.gross for part in parts]).sum(0)
-        )
-        return total.bounds() * self.scale
+        return self._squared_norms(self.parts).bounds() * self.scale
 
     def weighted_sum(self, weights: Tensor) -> dict[Parameter, Tensor]:
         """Sum of weight [P] times gradient, float64. A weight of 0 leaves the patient out, NaN and all."""
@@ -48,6 +47,23 @@ class PatientGradients:
         for part in self.parts:
             sums.update(part.weighted_sum(weights * self.scale))
         return sums
+
+    def clipped_sum(self, weigh: Callable[[Tensor], Tensor]) -> dict[Parameter, Tensor]:
+        """`weighted_sum(weigh(norms()))` at less cost: the largest product is formed once, see products.py."""
+        last = max((p for p in self.parts if isinstance(p, ProductGradient)), key=lambda p: p.cost, default=None)
+        if last is None:
+            return self.weighted_sum(weigh(self.norms()))
+        others = [part for part in self.parts if part is not last]
+        rest = self._squared_norms(others)
+        weights, sums = last.clipped_sum(rest, lambda bounds: weigh(bounds * self.scale) * self.scale)
+        for part in others:
+            sums.update(part.weighted_sum(weights))
+        return sums
+
+    def _squared_norms(self, parts: Sequence[PatientGradient]) -> SquaredNorms:
+        norms = [part.squared_norms() for part in parts]
+        zero = SquaredNorms.zero(self.count, self.device)
+        return SquaredNorms(sum((n.net for n in norms), zero.net), sum((n.gross for n in norms), zero.gross))
 
 
 class Book:
@@ -121,7 +137,8 @@ class Book:
             )
         parts = [SAMPLERS.get(type(uses[0].module), fallback)(uses) for uses in _by_module(self._uses)]
         parts += [recurrent(strands) for strands in _by_strand(self._strands)]
-        return PatientGradients(counts[0], parts, float(counts[0]) if self.loss_reduction == "mean" else 1.0)
+        scale = float(counts[0]) if self.loss_reduction == "mean" else 1.0
+        return PatientGradients(counts[0], parts, scale, entries[0].rows.device)
 
 
 class BookTape:

@@ -208,7 +208,7 @@ class BookKeepingOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no 
     def _clipped_sums(self) -> dict[Parameter, Tensor]:
         gradients = self.book.gradients()
         coarsest = torch.float32 if any(p.dtype == torch.float32 for p in self.params) else torch.float64
-        return gradients.weighted_sum(clip_weights(gradients.norms(), self.max_grad_norm, coarsest))
+        return gradients.clipped_sum(lambda norms: clip_weights(norms, self.max_grad_norm, coarsest))
 
     def _forget_sum(self) -> None:
         for p in self.params:

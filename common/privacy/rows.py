@@ -37,7 +37,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from common.models.layout import Layout
 
-FLOATS_PER_CHUNK = 1 << 19  # numbers gathered at a time for norms; fits the cache, and is large enough for one product
+FLOATS_PER_CHUNK = 1 << 20  # numbers gathered at a time for norms: few enough for the cache, many for one product
 
 
 class _Contexts(threading.local):
@@ -129,13 +129,18 @@ class Rows:
     def __len__(self) -> int:
         return len(self.patient)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the owners are."""
+        return self.patient.device
+
     def repeat(self, times: int) -> Rows:
         """Every row becomes `times` consecutive rows of the same owner: inner dimensions, flattened."""
         return self if times == 1 else Rows(self.patient.repeat_interleave(times), self.count)
 
     def to(self, device: torch.device) -> Rows:
         """The same rows with their owners on `device`."""
-        return self if self.patient.device == device else Rows(self.patient.to(device), self.count)
+        return self if self.device == device else Rows(self.patient.to(device), self.count)
 
     def spread(self, values: Tensor) -> Tensor:
         """A value per patient [P, ..] -> the owner's value per row [N, ..]."""
@@ -208,6 +213,11 @@ class Grid(Rows):
 
     def __len__(self) -> int:
         return len(self.owner) * self.steps
+
+    @property
+    def device(self) -> torch.device:
+        """Where the owners are."""
+        return self.owner.device
 
     def repeat(self, times: int) -> Rows:
         """Every row becomes `times` consecutive rows of the same owner."""

@@ -10,10 +10,6 @@ A sampler turns all uses of a module in one pass into one of these; a module tha
 `SAMPLERS` holds ours; any other module goes through Opacus's own samplers, or functorch.
 
 A weight of exactly 0 leaves a patient out altogether: its rows are zeroed, not multiplied, because 0 x NaN is NaN.
-
-Sums are float64, also for a float32 model: products of `ROWS_PER_BLOCK` rows in the model's type, added up in float64.
-With u = eps / 2 the error is at most (ROWS_PER_BLOCK + 2) u times the sum over patients of c s, s the gross norm of
-norms.py (Higham 2002, section 3.1): the worst case, whatever the number of rows. What tests see is about sqrt of that.
 """
 
 from __future__ import annotations
@@ -29,13 +25,11 @@ from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from common.models.cells.cell import reorder
 from common.models.recurrence import CELLS
 from common.models.recurrent import Recurrent
-from common.privacy.norms import Factor, SquaredNorms, squared_norms
+from common.privacy.norms import Factor, SquaredNorms
+from common.privacy.products import LinearMap, ProductGradient, only_present
 from common.privacy.rows import Rows
-
-ROWS_PER_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -91,46 +85,6 @@ class PatientGradient(Protocol):
 
 
 @dataclass(frozen=True)
-class LinearMap:
-    """Parameters whose gradient is A'X: a weight [G, F], a bias [G], either of them absent or frozen."""
-
-    factor: Factor
-    weight: Parameter | None
-    bias: Parameter | None
-    order: Sequence[int] = (0,)  # gate columns of A -> gate order of the parameters
-
-
-@dataclass(frozen=True)
-class ProductGradient:
-    """sum over a patient's rows of a_t [x_t, 1]', for maps that share the rows and perhaps columns of A [N, G]."""
-
-    rows: Rows
-    A: Tensor
-    maps: Sequence[LinearMap]
-
-    def squared_norms(self) -> SquaredNorms:
-        """Per patient, see norms.py."""
-        return squared_norms(self.rows, self.A, [m.factor for m in self.maps])
-
-    def weighted_sum(self, weights: Tensor) -> dict[Parameter, Tensor]:
-        """Sum of weight times gradient, per parameter."""
-        present = self.rows.spread(weights != 0)
-        w = self.rows.spread(weights).to(self.A.dtype)[:, None]
-        A = _only(present, self.A)
-        sums: dict[Parameter, Tensor] = {}
-        column_sums = _sum_of_products(w, A)[0] if any(m.bias is not None for m in self.maps) else None
-        for m in self.maps:
-            first, last = m.factor.first, m.factor.last
-            if m.weight is not None and m.factor.X is not None:
-                # The narrow side is weighted and stands left: (wX)'A is faster than A'(wX) and than (wA)'X.
-                product = _sum_of_products(_only(present, m.factor.X), A[:, first:last], w)
-                sums[m.weight] = reorder(product.t(), m.order)
-            if m.bias is not None and column_sums is not None:
-                sums[m.bias] = reorder(column_sums[first:last], m.order)
-        return sums
-
-
-@dataclass(frozen=True)
 class LookupGradient:
     """Rows of a table: row `code` of its gradient is the sum of the values with that code, for each patient.
 
@@ -162,7 +116,7 @@ class LookupGradient:
         """Sum of weight times gradient, per parameter."""
         patient, code, total = self._pairs
         w = weights[patient]
-        weighted = _only(w != 0, total) * w[:, None]
+        weighted = only_present(w != 0, total) * w[:, None]
         return {self.table: weighted.new_zeros(self.table.shape).index_add_(0, code, weighted)}
 
 
@@ -182,7 +136,7 @@ class SummedGradient:
     def weighted_sum(self, weights: Tensor) -> dict[Parameter, Tensor]:
         """Sum of weight times gradient, per parameter."""
         present = weights != 0
-        return {p: torch.tensordot(weights, _only(present, g), 1) for p, g in self.gradients.items()}
+        return {p: torch.tensordot(weights, only_present(present, g), 1) for p, g in self.gradients.items()}
 
 
 def recurrent(strands: Sequence[Strand]) -> PatientGradient:
@@ -333,20 +287,3 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 def _trained(parameter: Tensor | None) -> Parameter | None:
     return parameter if isinstance(parameter, Parameter) and parameter.requires_grad else None
-
-
-def _only(present: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor with rows that are not present set to zero; a copy only if there are any."""
-    if bool(present.all()):
-        return tensor
-    return tensor.masked_fill(~present.view(-1, *[1] * (tensor.dim() - 1)), 0)
-
-
-def _sum_of_products(X: Tensor, A: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sum over rows n of w_n x_n a_n' [F, G], float64: blocks in the type of X, added up in float64."""
-    total = torch.zeros(X.shape[1], A.shape[1], dtype=torch.float64, device=A.device)
-    for start in range(0, len(A), ROWS_PER_BLOCK):
-        block = slice(start, start + ROWS_PER_BLOCK)
-        x = X[block] if weights is None else X[block] * weights[block]
-        total += x.t() @ A[block]
-    return total

@@ -1,0 +1,189 @@
+"""Gradients that are products of rows, sum over t of a_t x_t': clipped and added up, each formed at most once.
+
+The clipped sum needs every patient's norm first, over all parameters. For all modules but one it is therefore two
+passes: norms, then a product of weighted rows. The last one, the largest, can do with one: by then only its own norm
+is missing, so a patient's product is formed, measured, weighted and added while it is in the cache. That saves the
+second product, a fifth of a step. It is worth it for patients with enough rows (`SINGLE_PASS`); for short ones the
+Gram form of the norm and one product over everybody's rows is cheaper than to form many products of a few rows each.
+
+Sums are float64, also for a float32 model: products of at most `ROWS_PER_BLOCK` rows in the model's type, added up in
+float64. With u = eps / 2 the error is at most (ROWS_PER_BLOCK + 2) u times the sum over patients of c s, s the gross
+norm of norms.py (Higham 2002, section 3.1): the worst case, whatever the number of rows. What tests see is about sqrt
+of that.
+
+A weight of exactly 0 leaves a patient out altogether: its rows are zeroed, not multiplied, because 0 x NaN is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from common.models.cells.cell import reorder
+from common.privacy.norms import (
+    GRAM_PRICE,
+    Factor,
+    PatientRows,
+    SquaredNorms,
+    cheapest,
+    entries,
+    form,
+    measure_product,
+    squared_norms,
+    width,
+)
+from common.privacy.rows import Rows
+
+ROWS_PER_BLOCK = 1024
+SINGLE_PASS = 16  # what measuring and adding a formed product costs, in rows of forming it (measured: 9 to 20)
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """Parameters whose gradient is A'X: a weight [G, F], a bias [G], either of them absent or frozen."""
+
+    factor: Factor
+    weight: Parameter | None
+    bias: Parameter | None
+    order: Sequence[int] = (0,)  # gate columns of A -> gate order of the parameters
+
+
+@dataclass(frozen=True)
+class ProductGradient:
+    """sum over a patient's rows of a_t [x_t, 1]', for maps that share the rows and perhaps columns of A [N, G]."""
+
+    rows: Rows
+    A: Tensor
+    maps: Sequence[LinearMap]
+
+    def squared_norms(self) -> SquaredNorms:
+        """Per patient, see norms.py."""
+        return squared_norms(self.rows, self.A, self._factors)
+
+    def weighted_sum(self, weights: Tensor) -> dict[Parameter, Tensor]:
+        """Sum of weight times gradient, per parameter."""
+        sums = _Sums(self.maps, self.A)
+        sums.add_rows(self.A, [m.factor.X for m in self.maps], self.rows.spread(weights))
+        return sums.by_parameter()
+
+    def clipped_sum(
+        self, rest: SquaredNorms, weigh: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, dict[Parameter, Tensor]]:
+        """Weights [P] of all patients and the weighted sum, in one pass over the rows where that is cheaper.
+
+        Args:
+            rest: squared norms [P] of all other parameters' gradients.
+            weigh: norms [p] over all parameters, as upper bounds -> weights [p], 0 for a norm that is not finite.
+        """
+        factors, sums = self._factors, _Sums(self.maps, self.A)
+        total = rest.at(torch.arange(self.rows.count, device=self.A.device))
+        done = torch.zeros(self.rows.count, dtype=torch.bool, device=self.A.device)
+        weights = total.net.new_zeros(self.rows.count)
+        for group in self.rows.groups(width(self.A, factors)):
+            rows, patients = PatientRows.of(group, self.A, factors), group.patients
+            if not self._worth_forming(rows):
+                total.add(patients, cheapest(rows, factors))
+                continue
+            products = form(rows, factors)
+            norms, doubtful = measure_product(rows, factors, products)
+            which = doubtful.nonzero()[:, 0]
+            if len(which):
+                exact = rows.double(which)
+                exact_products = form(exact, factors)
+                norms.net[which], norms.gross[which] = measure_product(exact, factors, exact_products).norms
+            total.add(patients, norms)
+            mine = weights[patients] = weigh(total.at(patients).bounds())
+            if len(which):
+                sums.add_products(exact.a, exact_products, mine[which])
+                mine = mine.index_fill(0, which, 0)
+            sums.add_products(rows.a, products, mine)
+            done[patients] = True
+        if not bool(done.all()):
+            weights = torch.where(done, weights, weigh(total.bounds()))
+            left = self.rows.spread(~done)
+            w, inputs = self.rows.spread(weights), [m.factor.X for m in self.maps]
+            if bool(left.all()):
+                sums.add_rows(self.A, inputs, w)
+            else:
+                which = left.nonzero()[:, 0]
+                sums.add_rows(self.A[which], [None if X is None else X[which] for X in inputs], w[which])
+        return weights, sums.by_parameter()
+
+    @property
+    def cost(self) -> int:
+        """Multiplications of the weighted sum: which part it is worth to do last."""
+        return len(self.A) * entries(self._factors)
+
+    @property
+    def _factors(self) -> list[Factor]:
+        return [m.factor for m in self.maps]
+
+    def _worth_forming(self, rows: PatientRows) -> bool:
+        patients, steps = rows.a.shape[:2]
+        if not 1 < steps + patients <= ROWS_PER_BLOCK:
+            return False
+        formed = entries(self._factors)
+        return GRAM_PRICE * steps**2 * width(self.A, self._factors) > SINGLE_PASS * formed
+
+
+class _Sums:
+    """Running sums of the maps' gradients, float64."""
+
+    def __init__(self, maps: Sequence[LinearMap], A: Tensor) -> None:
+        self.maps = maps
+        self.products = [A.new_zeros(m.factor.width, _outputs(m), dtype=torch.float64) for m in maps]
+        self.biases = A.new_zeros(A.shape[1], dtype=torch.float64)
+        self.any_bias = any(m.bias is not None for m in maps)
+
+    def add_rows(self, A: Tensor, inputs: Sequence[Tensor | None], weights: Tensor) -> None:
+        """Adds sum over rows n of w_n [x_n, 1] a_n': A [N, G], X [N, F], weights [N]."""
+        present, w = weights != 0, weights.to(A.dtype)[:, None]
+        A = only_present(present, A)
+        if self.any_bias:
+            _add_blocks(self.biases[None], w, A)
+        for m, total, X in zip(self.maps, self.products, inputs, strict=True):
+            if X is not None:
+                # The narrow side is weighted and stands left: (wX)'A is faster than A'(wX) and than (wA)'X.
+                _add_blocks(total, only_present(present, X), A[:, m.factor.first : m.factor.last], w)
+
+    def add_products(self, a: Tensor, products: Sequence[Tensor | None], weights: Tensor) -> None:
+        """Adds sum over patients of weight times product: a [p, T, G], products [p, F, G], weights [p]."""
+        present, w = weights != 0, weights.to(a.dtype)
+        if self.any_bias:
+            self.biases += w @ only_present(present, a.sum(1))
+        for total, product in zip(self.products, products, strict=True):
+            if product is not None:
+                total += (w @ only_present(present, product).flatten(1)).view_as(total)
+
+    def by_parameter(self) -> dict[Parameter, Tensor]:
+        """The sums in the shape and gate order of each parameter."""
+        found: dict[Parameter, Tensor] = {}
+        for m, total in zip(self.maps, self.products, strict=True):
+            if m.weight is not None and m.factor.X is not None:
+                found[m.weight] = reorder(total.t(), m.order)
+            if m.bias is not None:
+                found[m.bias] = reorder(self.biases[m.factor.first : m.factor.last], m.order)
+        return found
+
+
+def _outputs(m: LinearMap) -> int:
+    return m.factor.last - m.factor.first
+
+
+def only_present(present: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor with rows that are not present set to zero; a copy only if there are any."""
+    if bool(present.all()):
+        return tensor
+    return tensor.masked_fill(~present.view(-1, *[1] * (tensor.dim() - 1)), 0)
+
+
+def _add_blocks(total: Tensor, X: Tensor, A: Tensor, weights: Tensor | None = None) -> None:
+    """Adds to total [F, G] the sum over rows n of w_n x_n a_n': blocks in the type of X, added up in float64."""
+    for start in range(0, len(A), ROWS_PER_BLOCK):
+        block = slice(start, start + ROWS_PER_BLOCK)
+        x = X[block] if weights is None else X[block] * weights[block]
+        total += x.t() @ A[block]
