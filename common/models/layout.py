@@ -6,7 +6,8 @@ rows of one step are contiguous, and sequence b, if it is still running, is row 
 batch is the same thing with equal lengths, so one layout serves both.
 
 What the recurrence, its reversal and the attribution of rows to patients need to know about positions is derived
-here, once, from the sizes of the steps; nothing else does index arithmetic on packed data.
+here, once, from the sizes of the steps; nothing else does index arithmetic on packed data. The sizes are on the host,
+and nothing here makes the host wait for a device.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Layout:
     def step(self) -> Tensor:
         """[N] time step of each row."""
         steps = torch.arange(self.steps, device=self.device)
-        return steps.repeat_interleave(torch.tensor(self.sizes, dtype=torch.long, device=self.device))
+        return steps.repeat_interleave(self._size, output_size=self.rows)
 
     @cached_property
     def sequence(self) -> Tensor:
@@ -89,8 +90,8 @@ class Layout:
 
     @cached_property
     def lengths(self) -> Tensor:
-        """[B] number of rows of each sequence."""
-        return torch.bincount(self.sequence, minlength=self.sequences)
+        """[B] number of rows of each sequence: sequence b has a row in every step of more than b rows."""
+        return torch.searchsorted(-self._size, -torch.arange(self.sequences, device=self.device))
 
     @cached_property
     def last(self) -> Tensor:
@@ -107,6 +108,10 @@ class Layout:
     def reverse(self) -> Tensor:
         """[N] row of the same sequence counted from its end: every sequence back to front. Its own inverse."""
         return self._offset[self.lengths[self.sequence] - 1 - self.step] + self.sequence
+
+    @cached_property
+    def _size(self) -> Tensor:
+        return torch.tensor(self.sizes, dtype=torch.long, device=self.device)
 
     @cached_property
     def _offset(self) -> Tensor:

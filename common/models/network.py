@@ -26,7 +26,9 @@ def build_network(study: Study, seed: int = 0) -> nn.Module:
     terms, schema = study.model, study.features
     kind = LogisticRegression if terms.cell == "none" else DiagnosisNetwork
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # starting weights are public; nothing private is drawn from this generator
+        # Starting weights are public; nothing private is drawn from this generator. torch.manual_seed would also reseed
+        # the generators of every GPU, which fork_rng does not put back here.
+        torch.default_generator.manual_seed(seed)
         return kind(terms, schema.n_dense, schema.n_codes, study.task.prevalence)
 
 

@@ -2,8 +2,9 @@
 
 Subclasses of torch.nn's layers: the same constructor, parameters (names, order and shapes, so state dicts load
 both ways), inputs and outputs. Training passes run on `recurrence.run`, which keeps the gate gradients that the
-private step needs; evaluation, and anything under `torch.no_grad()`, runs torch's own kernels. Opacus replaces
-these layers by a Python loop of linear layers instead, with other parameter names and orders and another dropout.
+private step needs, or on `fused.run`, which gets the same from cuDNN (see `backend`); evaluation, and anything under
+`torch.no_grad()`, runs torch's own layer. Opacus replaces these layers by a Python loop of linear layers instead, with
+other parameter names and orders and another dropout.
 
 Differences from torch.nn: a batch of zero sequences is a batch like any other (Poisson sampling draws one), and
 `proj_size` is refused. Outputs of a training pass must not be changed in place.
@@ -19,8 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from common.models import fused, recurrence
+from common.models.dropout import lock
 from common.models.layout import Layout
-from common.models.recurrence import Parameters, Tape, run
+from common.models.recurrence import Parameters, Tape
+
+BACKENDS = ("auto", "blocked", "fused")
 
 State = Tensor | tuple[Tensor, Tensor]
 
@@ -49,24 +54,48 @@ class _Batch:
 class Recurrent(nn.RNNBase):
     """What RNN, GRU and LSTM share. Shapes, options and defaults: see the torch.nn class of the same name.
 
+    Args:
+        backend: what runs training passes; see the attribute.
+        locked_dropout: `dropout`, which acts between layers, draws one mask per sequence instead of one per step; see
+            dropout.py, also for why privacy allows it.
+
     Attributes:
         recorder: set by `BookKeepingHooks` while the layer is trained privately, else None.
+        backend: "blocked" is `recurrence.run`; "fused" is `fused.run`, torch's own kernels; "auto", the default, is
+            "fused" on CUDA where cuDNN can be used, and else "blocked", which is faster on a CPU. Results are the same
+            up to rounding, so it may be changed at any time between passes (`set_backend` does so for a network). It
+            is not part of the state dict; copies and pickles keep it.
 
     Raises:
-        ValueError: `proj_size` is set.
+        ValueError: `proj_size` is set, or there is no such backend.
     """
 
     recorder: Recorder | None = None
+    locked_dropout = False
+    _backend = "auto"
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, backend: str = "auto", locked_dropout: bool = False, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.backend = backend
+        self.locked_dropout = locked_dropout
         if self.proj_size:
             raise ValueError(f"proj_size={self.proj_size}: projections are not supported; leave it at 0")
+
+    @property
+    def backend(self) -> str:
+        """See the class."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        if name not in BACKENDS:
+            raise ValueError(f"backend={name!r}; give one of {', '.join(BACKENDS)}")
+        self._backend = name
 
     def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> Any:  # noqa: A002 (torch's name)
         """(outputs, h_n), for an LSTM (outputs, (h_n, c_n)); outputs are of the same kind as `input`."""
         rows = input.data if isinstance(input, PackedSequence) else input
-        if rows.numel() and not (self.training and torch.is_grad_enabled()):
+        if rows.numel() and not (self.training and (torch.is_grad_enabled() or self._locks)):
             return super().forward(input, hx)
         batch = self._packed(input)
         h0, c0 = self._initial_states(batch, hx, unbatched=_is_unbatched(input))
@@ -75,7 +104,9 @@ class Recurrent(nn.RNNBase):
     def _run(self, batch: _Batch, h0: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Layer after layer: outputs [N, directions x H]; last states, cell states [layers x directions, B, H]."""
         layout, x = batch.layout, batch.x
-        tapes = self.recorder(self, layout, batch.sorted_indices) if self.recorder is not None else None
+        recorder = self.recorder if self.training and torch.is_grad_enabled() else None
+        tapes = None if recorder is None else recorder(self, layout, batch.sorted_indices)
+        run = fused.run if self._runs_fused(batch) else recurrence.run
         directions = ("", "_reverse") if self.bidirectional else ("",)
         h_n: list[Tensor] = []
         c_n: list[Tensor] = []
@@ -97,9 +128,22 @@ class Recurrent(nn.RNNBase):
                     c_n.append(memory)
                 outputs.append(states.index_select(0, layout.reverse) if direction else states)
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-            if self.dropout and self.training and layer < self.num_layers - 1:
-                x = nn.functional.dropout(x, self.dropout)
+            if self.training and layer < self.num_layers - 1:
+                if self._locks:
+                    x = lock(x, layout, batch.sorted_indices, self.dropout)
+                elif self.dropout:
+                    x = nn.functional.dropout(x, self.dropout)
         return x, torch.stack(h_n), torch.stack(c_n) if c_n else None
+
+    @property
+    def _locks(self) -> bool:
+        """Whether there is dropout that torch's own layer does not have."""
+        return self.locked_dropout and self.dropout > 0 and self.num_layers > 1
+
+    def _runs_fused(self, batch: _Batch) -> bool:
+        if not batch.layout.rows:  # torch's kernels refuse an empty batch
+            return False
+        return self.backend == "fused" or (self.backend == "auto" and fused.usable(batch.x))
 
     def _weights(self, suffix: str) -> Parameters:
         """weight_ih, weight_hh, bias_ih, bias_hh of one layer and direction; zeros for absent biases."""
@@ -161,6 +205,13 @@ class Recurrent(nn.RNNBase):
             elif self.batch_first:
                 outputs = outputs.transpose(0, 1)
         return outputs, h_n if c_n is None else (h_n, c_n)
+
+
+def set_backend(network: nn.Module, name: str) -> None:
+    """Sets `backend` ("auto", "blocked" or "fused", see `Recurrent`) of every recurrent layer in a network."""
+    for module in network.modules():
+        if isinstance(module, Recurrent):
+            module.backend = name
 
 
 def _is_unbatched(given: Tensor | PackedSequence) -> bool:
