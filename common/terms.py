@@ -29,12 +29,16 @@ class Terms(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Otherwise pydantic reads `rounds: yes` as 1."""
-        answers = isinstance(value, bool) or (isinstance(value, list) and any(isinstance(v, bool) for v in value))
-        if answers and info.field_name is not None:
-            wanted = _flatten(cls.model_fields[info.field_name].annotation)
-            if not any(leaf is bool or leaf is True or leaf is False for leaf in wanted):
-                raise ValueError("yes, no, true and false stand for no number or word here; write the value")
+        """Otherwise pydantic reads `rounds: yes` as 1, and `present: 1` as yes."""
+        if info.field_name is None:
+            return value
+        wanted = _flatten(cls.model_fields[info.field_name].annotation)
+        takes_answers = any(leaf is bool or leaf is True or leaf is False for leaf in wanted)
+        given = value if isinstance(value, list) else [value]
+        if not takes_answers and any(isinstance(v, bool) for v in given):
+            raise ValueError("yes, no, true and false stand for no number or word here; write the value")
+        if takes_answers and any(isinstance(v, int | float) and not isinstance(v, bool) for v in given):
+            raise ValueError("a number stands for no answer here; write true or false")
         return value
 
     def digest(self, *, without: frozenset[str] = frozenset()) -> str:

@@ -119,6 +119,7 @@ def test_a_file_that_is_not_plain_yaml_is_refused(tmp_path: Path, text: str | by
         ("name: a\nwards: {x: {beds: many}}", "`wards.x.beds`: "),
         ("name: a\nwards: {x: {beds: 1.5}}", "`wards.x.beds`: "),
         ("name: a\nwards: {x: {beds: yes}}", "`wards.x.beds`: yes, no, true and false stand for no number"),
+        ("name: a\nteaching: 1", "`teaching`: a number stands for no answer here; write true or false"),
         ("name: a\nwards: {x: {beds: [1]}}", "`wards.x.beds`: "),
         ("name: a\nwards: {x: {beds: 0x" + "f" * 5000 + "}}", "`wards.x.beds`: "),
         ("name: a\nwards: {x: {beds: 1, share: .nan}}", "`wards.x.share`: Input should be a finite number (got nan)"),

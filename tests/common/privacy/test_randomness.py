@@ -156,13 +156,54 @@ def test_as_many_numbers_as_asked_for(count: int) -> None:
     assert len(np.unique(normals)) == count
 
 
-@pytest.mark.parametrize("word", [0, 1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("word", [0, 1, 2**32 - 1, 2**32, 2**63, 2**64 - 1])
 def test_every_word_gives_a_finite_normal(word: int) -> None:
-    """The extreme words of the stream give finite normals, none beyond 8.7 standard deviations."""
+    """The extreme words of the stream give finite normals, none beyond 13.4 standard deviations."""
     source = Fixed([word, 0])
     for normals in (Randomness.normal(source, 2), Randomness.normal(Fixed([0, word]), 2)):
         assert np.isfinite(normals).all()
-        assert np.abs(normals).max() < 8.7
+        assert np.abs(normals).max() < 13.4
+
+
+class Words(Randomness):
+    """A radius word, the angle word zero, and what a second call for words brings."""
+
+    def __init__(self, radius: int, more: int) -> None:
+        super().__init__()
+        self._calls = [[radius, 0], [more]]
+
+    def bits(self, count: int) -> NDArray[np.uint64]:
+        return np.array(self._calls.pop(0)[:count] if count else [], np.uint64)
+
+
+def radius_of(word: int, more: int = 0) -> float:
+    """The radius of the pair that these words make; at angle zero it is the pair's first number."""
+    return float(Words(word, more).normal(2)[0])
+
+
+@given(word=st.integers(0, 2**64 - 2) | st.integers(0, 2**32 + 10) | st.integers(0, 63).map(lambda k: 2**k))
+@settings(deadline=None, max_examples=200)
+def test_no_grid_cell_is_out_of_reach(word: int) -> None:
+    """Neighbouring radii are less than 1/500 of the finest grid step apart, from 1e-5 to 11 standard deviations; closer
+    in they are about half a step apart at most. The radius that 53 bits make is not: beyond 6.7 it steps over cells.
+    """
+    finest = 2.0 ** -(GRID_BITS + 1)
+    inner = radius_of(word + 1, 0)
+    outer = radius_of(word, 2**64 - 1)  # the most that further bits, where they are used, can add
+    if outer < 11:
+        assert 0 <= outer - inner < (finest / 500 if inner > 1e-5 else 0.51 * finest)
+    coarse = [math.sqrt(-2 * math.log((k + 0.5) * 2.0**-53)) for k in (10**6, 10**6 + 1)]
+    assert coarse[0] > 6.7
+    assert coarse[0] - coarse[1] > 2 * finest
+
+
+@pytest.mark.parametrize("word", [5, 2**20, 2**31])
+def test_a_large_radius_moves_with_its_further_bits(word: int) -> None:
+    """Below 2^32 the further word shifts the radius within its gap: without it the gap would stay empty."""
+    radii = [radius_of(word, share * 2**60) for share in range(16)]
+    assert radii == sorted(radii, reverse=True)
+    assert len(set(radii)) == 16
+    assert radii[0] - radii[-1] == pytest.approx((radius_of(word) - radius_of(word + 1)) * 15 / 16, rel=0.1)
 
 
 def test_full_sampling_takes_everyone_and_none_of_nobody() -> None:
