@@ -2,32 +2,29 @@
 
 Three calls, in this order, around every round. `admit` prices a plan whole, before its first step. `attempt` marks a
 round as being trained, before its first private step. `release` stores the update before it is sent. What was marked
-stays spent; what was released is answered with the stored bytes. This module is the interface and the form that lives
-in memory, for simulations; the rules are here, so that a durable form adds storage and nothing else.
+stays spent; what was released is answered with the stored bytes.
+
+This module is the interface, what its forms share, and the form that lives in memory, for simulations. The rules
+stand in `client/accounts.py`; the durable form, `client/ledger_file.py`, adds storage and nothing else.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from common.errors import BudgetError
-from common.privacy.accounting import best_order, epsilon_of, filter_epsilon, rdp_of
+from client.accounts import Accounts, Attempt, Release
+from client.entries import Admitted, Entry, Released
 from common.privacy.plan import Plan
 
+__all__ = ["DEFAULT_COHORT", "Attempt", "Ledger", "MemoryLedger", "StoredLedger"]
 
-@dataclass(frozen=True)
-class Attempt:
-    """A marked attempt: the `number`-th (from 1) at `round_number` of `study`, on weights with this digest."""
-
-    study: str
-    round_number: int
-    number: int
-    weights_digest: str
+DEFAULT_COHORT = "all"
 
 
 class Ledger(Protocol):
-    """What a site needs from its ledger.
+    """What a site needs from its ledger. One call at a time: `Site` sees to it.
 
     Guarantee:
         The plans admitted over the cohort's life cost each patient at most (`cap`, `delta`). No attempt is granted
@@ -46,92 +43,115 @@ class Ledger(Protocol):
     def release(self, attempt: Attempt, update: bytes) -> None:
         """Store the update of an attempt; only then may it be sent. Raises BudgetError for an unknown attempt."""
 
+    def head(self) -> str:
+        """Hash of the newest entry, 64 hex digits, for the server to send back; "" if the ledger has none."""
 
-@dataclass
-class _Account:
-    plan: Plan
-    epsilon: float
-    steps_taken: int = 0
-    attempts: dict[int, int] = field(default_factory=dict)
-    open: Attempt | None = None
-    released: dict[int, str] = field(default_factory=dict)  # round -> digest of the weights it was released for
-    last_update: tuple[int, bytes] = (
-        0,
-        b"",
-    )  # only the newest is kept: no server asks for an older round again
+    def contains(self, head: str) -> bool:
+        """Whether this ledger ever had this head; if not, it is older than what a server has seen. "" counts."""
 
 
-@dataclass
-class MemoryLedger:
-    """A ledger that dies with its process: for simulations and tests only.
+class StoredLedger(ABC):
+    """Ask the rules, store the entry, apply it: the three calls over any storage.
 
     Attributes:
-        cap: largest epsilon that the cohort may ever spend, at `delta`; `inf` admits plans without noise.
+        accounts: what the stored entries add up to.
+        cap: largest epsilon that the cohort may ever spend.
         delta: delta of the cap; a plan with a larger delta is refused.
+        cohort: whose budget `admit` charges.
+    """
+
+    accounts: Accounts
+    cap: float
+    delta: float
+    cohort: str
+
+    @abstractmethod
+    def _store(self, entry: Entry, attachment: bytes | None, forget: list[int]) -> None:
+        """Make an entry durable as number `accounts.count + 1`, whole or not at all.
+
+        Args:
+            entry: what happened.
+            attachment: bytes that belong to it.
+            forget: positions of entries whose attachments are dropped with the same stroke.
+        """
+
+    @abstractmethod
+    def _attachment(self, position: int) -> bytes:
+        """The attachment of the entry at `position` (from 1)."""
+
+    def _record(self, entry: Entry, attachment: bytes | None = None) -> None:
+        forget = self.accounts.forgotten_by(entry) if isinstance(entry, Released) else []
+        self._store(entry, attachment, forget)
+        self.accounts.apply(entry)
+
+    def admit(self, study: str, plan: Plan) -> float:
+        """See `Ledger.admit`."""
+        admission = self.accounts.admission(self.cohort, study, plan, self.cap)
+        if isinstance(admission, Admitted):
+            self._record(admission)
+        return admission.epsilon
+
+    def attempt(self, study: str, round_number: int, steps: int, weights_digest: str) -> Attempt | bytes:
+        """See `Ledger.attempt`. A second attempt at a round draws on the spare steps."""
+        attempting = self.accounts.attempting(study, round_number, steps, weights_digest)
+        if isinstance(attempting, Release):
+            return self._attachment(attempting.position)
+        self._record(attempting)
+        attempt = self.accounts.studies[study].open
+        assert attempt is not None
+        return attempt
+
+    def release(self, attempt: Attempt, update: bytes) -> None:
+        """See `Ledger.release`."""
+        self._record(self.accounts.releasing(attempt, update), update)
+
+    def steps_taken(self, study: str) -> int:
+        """Local steps marked so far for `study`, retries included."""
+        account = self.accounts.studies.get(study)
+        return account.steps_taken if account is not None else 0
+
+    @property
+    def order(self) -> float:
+        """The cohort's Renyi order, fixed when it was opened."""
+        return self.accounts.cohorts[self.cohort].order
+
+
+@dataclass
+class MemoryLedger(StoredLedger):
+    """A ledger that dies with its process: for simulations and tests only. It has no head.
+
+    Attributes:
+        cap: see `StoredLedger`; `inf` admits plans without noise.
+        delta: see `StoredLedger`.
+        entries: what happened, in order.
     """
 
     cap: float
     delta: float
-    _accounts: dict[str, _Account] = field(default_factory=dict)
+    entries: list[Entry] = field(default_factory=list)
+    accounts: Accounts = field(default_factory=Accounts)
+    cohort: str = DEFAULT_COHORT
+    _attachments: dict[int, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.cap > 0 or not 0 < self.delta < 1:  # written so that NaN is refused: it would admit everything
-            raise BudgetError(f"cap = {self.cap} must be > 0 and delta = {self.delta} in (0, 1); correct the site file")
-        self.order = best_order(self.cap, self.delta) if self.cap < float("inf") else 2.0
+        opening = self.accounts.cohort_opening(self.cohort, self.cap, self.delta)
+        if opening is not None:
+            self._record(opening)
 
-    def admit(self, study: str, plan: Plan) -> float:
-        """See `Ledger.admit`. (a) An only plan is priced by PLD; (b) several by the RDP filter at the stored order."""
-        account = self._accounts.get(study)
-        if account is not None:
-            if account.plan != plan:
-                raise BudgetError("this study was admitted with another plan; a plan is fixed before its first step")
-            return account.epsilon
-        if plan.delta > self.delta:
-            raise BudgetError(f"plan's delta {plan.delta} exceeds the cohort's {self.delta}; lower the study's delta")
-        before = [account.plan for account in self._accounts.values()]
-        epsilon = self._price([*before, plan])
-        if not epsilon <= self.cap:
-            raise BudgetError(
-                f"epsilon {epsilon:.4g} (this plan {self._price([plan]):.4g}, spent before {self._price(before):.4g}) "
-                f"exceeds the cohort's cap {self.cap}; take a smaller epsilon or fewer rounds"
-            )
-        self._accounts[study] = _Account(plan, epsilon)
-        return epsilon
+    def _store(self, entry: Entry, attachment: bytes | None, forget: list[int]) -> None:
+        self.entries.append(entry)
+        if attachment is not None:
+            self._attachments[len(self.entries)] = attachment
+        for position in forget:
+            del self._attachments[position]
 
-    def _price(self, plans: list[Plan]) -> float:
-        if len(plans) <= 1:
-            return epsilon_of(plans[0]) if plans else 0.0
-        return filter_epsilon((rdp_of(p, self.order) for p in plans), self.order, self.delta)
+    def _attachment(self, position: int) -> bytes:
+        return self._attachments[position]
 
-    def attempt(self, study: str, round_number: int, steps: int, weights_digest: str) -> Attempt | bytes:
-        """See `Ledger.attempt`. A second attempt at a round draws on the spare steps."""
-        account = self._accounts.get(study)
-        if account is None:
-            raise BudgetError("this study was not admitted; call admit first")
-        if round_number in account.released:
-            if account.released[round_number] != weights_digest:
-                raise BudgetError(f"round {round_number} was released for other weights; it is not trained again")
-            if account.last_update[0] != round_number:
-                raise BudgetError(f"round {round_number} was released and its update is no longer kept")
-            return account.last_update[1]
-        left = account.plan.priced_steps - account.steps_taken
-        if steps < 1 or steps > left:
-            raise BudgetError(f"an attempt of {steps} steps: {left} are left of the plan's {account.plan.priced_steps}")
-        number = account.attempts.get(round_number, 0) + 1
-        account.steps_taken += steps
-        account.attempts[round_number] = number
-        account.open = Attempt(study, round_number, number, weights_digest)
-        return account.open
+    def head(self) -> str:
+        """Always "": a simulated server has nothing to compare with."""
+        return ""
 
-    def release(self, attempt: Attempt, update: bytes) -> None:
-        """See `Ledger.release`."""
-        account = self._accounts.get(attempt.study)
-        if account is None or account.open != attempt:
-            raise BudgetError(f"round {attempt.round_number}: no open attempt {attempt.number} to release")
-        account.released[attempt.round_number] = attempt.weights_digest
-        account.last_update = (attempt.round_number, update)
-        account.open = None
-
-    def steps_taken(self, study: str) -> int:
-        """Local steps marked so far for `study`, retries included."""
-        return self._accounts[study].steps_taken if study in self._accounts else 0
+    def contains(self, head: str) -> bool:
+        """See `Ledger.contains`."""
+        return head == ""

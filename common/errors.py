@@ -4,7 +4,10 @@
     ├── ConfigurationError   a study, site or feature file cannot be used
     │   └── PlanError        a privacy plan that cannot exist or cannot be priced
     ├── DataError            records that cannot be used
-    ├── BudgetError          the site's ledger refuses
+    ├── PolicyError          the site's own limits refuse a study
+    ├── BudgetError          the site's ledger refuses a charge
+    ├── LedgerError          the ledger's file cannot be used: damaged, in use, full
+    │   └── RollbackError    the ledger is older than what has been seen of it
     ├── WireError            a message that is not what was agreed
     └── DeviceError          a device that was asked for and is not there
 
@@ -29,8 +32,20 @@ class DataError(WardroundError):
     """Records that cannot be used: names file, column and count, never a value of a patient."""
 
 
+class PolicyError(WardroundError):
+    """The hospital's own limits refuse a study: names the term, what it asks for and the limit."""
+
+
 class BudgetError(WardroundError):
     """The ledger refuses a charge: names what was asked, what is left and the cap."""
+
+
+class LedgerError(WardroundError):
+    """The ledger cannot be read or written, so nothing is trained: damaged, in use by another, no space left."""
+
+
+class RollbackError(LedgerError):
+    """The ledger was put back to an older copy, or its anchor is not what it should be."""
 
 
 class WireError(WardroundError):

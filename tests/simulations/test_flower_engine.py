@@ -33,7 +33,7 @@ STUDY = small_study()
 ON_RAY = """
 import json, os, sys
 from pathlib import Path
-from common.records import to_bytes
+from common.weights import to_bytes
 from simulations.flower_engine import run_on_flower
 from simulations.hospitals import Hospitals
 from simulations.seeded import Silent
