@@ -8,6 +8,8 @@ import traceback
 
 ROOMS = {
     "simulate": ("simulations.commands", "federated simulations on this machine"),
+    "server": ("server.commands", "run the coordinator of a study"),
+    "client": ("client.commands", "take part as a hospital"),
 }
 
 

@@ -32,6 +32,11 @@ LIGHT = [
     "client.commands.budget",
     "client.readers.meds",
     "client.site_file",
+    "client.state",
+    "client.enrolment",
+    "client.network",
+    "client.stopping",
+    "client.logs",
     "simulations.cohort",
     "simulations.sources",
 ]

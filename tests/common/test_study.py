@@ -186,7 +186,9 @@ def test_the_digest_pins_everything_but_simulation_and_sites(leaf: tuple[str | i
 CONSTANT = [("version",), ("features", "version"), ("features", "statics", "SEX//F", "present")]  # one valid value
 
 
-@pytest.mark.parametrize("leaf", [x for x in LEAVES if x[0] not in ("simulation", "sites") and x not in CONSTANT], ids=str)
+@pytest.mark.parametrize(
+    "leaf", [x for x in LEAVES if x[0] not in ("simulation", "sites") and x not in CONSTANT], ids=str
+)
 def test_every_value_is_in_the_digest(leaf: tuple[str | int, ...]) -> None:
     """No field is left out of the digest: of some other values for it, at least one is valid and changes it."""
     base = parse(WHOLE, Study, "study.yaml").digest()

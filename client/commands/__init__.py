@@ -1,0 +1,17 @@
+"""`wardround client`: one file per sub-command. Nothing heavy is imported before a command runs."""
+
+import typer
+
+from client.commands import budget, enrol, keygen, leave, run
+
+app = typer.Typer(
+    name="client",
+    help="Take part in a study as a hospital.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("keygen")(keygen.command)
+app.command("enrol")(enrol.command)
+app.command("run")(run.command)
+app.command("budget")(budget.command)
+app.command("leave")(leave.command)

@@ -1,0 +1,77 @@
+"""A hospital opened for training: its records, its ledger, its part in the study. Lives in the training process.
+
+site file -> study, as pinned -> records without those who opted out -> ledger -> Site -> installed ClientApp
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flwr.app import Context, Message, RecordDict
+
+from client.app import build_app
+from client.enrolment import enrolled
+from client.ledger import Ledger
+from client.ledger_file import SqliteLedger
+from client.readers.own import read_records
+from client.site import Site
+from client.site_file import SiteFile, load_site_file, study_of
+from client.state import LEDGER, StateFolder
+from client.trainer import Ready
+from common.batching import Dataset
+from common.device import resolve
+from common.models.network import build_network
+from common.study import Study
+from common.training import state_of
+
+if TYPE_CHECKING:
+    from client.trainer import RandomnessOf
+
+
+class Hospital:
+    """A site, ready to answer messages.
+
+    Attributes:
+        ready: what the connection needs to know of it.
+    """
+
+    def __init__(self, site: Site) -> None:
+        shapes = state_of(build_network(site.study))
+        self.ready = Ready(
+            site.study.digest(), site.study.training.rounds, tuple(array.nbytes for array in shapes.values())
+        )
+        self._app = build_app(lambda _context: site)
+
+    @classmethod
+    def open(cls, site_file: Path, randomness: RandomnessOf | None = None) -> Hospital:
+        """Open everything that training needs, with the durable ledger.
+
+        Raises:
+            WardroundError: not enrolled, or site file, study, records or ledger cannot be used.
+        """
+        site = load_site_file(site_file)
+        state = StateFolder(Path(site.state))
+        study = study_of(site)
+        enrolled(state, site).require_study(site, study)
+        anchor = Path(site.anchor) if site.anchor is not None else None
+        ledger = SqliteLedger(state / LEDGER, site.policy.max_epsilon, site.policy.delta, anchor=anchor)
+        return cls(site_with(ledger, site, study, state, randomness))
+
+    def answer(self, message: Message, node: int) -> Message:
+        """The reply of the installed ClientApp."""
+        context = Context(
+            run_id=message.metadata.run_id, node_id=node, node_config={}, state=RecordDict(), run_config={}
+        )
+        return self._app(message, context)
+
+
+def site_with(
+    ledger: Ledger, site: SiteFile, study: Study, state: StateFolder, randomness: RandomnessOf | None = None
+) -> Site:
+    """The site with its records, charging `ledger`; real randomness unless a test passes another."""
+    sequences = read_records(site, study, state)
+    dataset = Dataset(sequences, centre_mask=study.model.centre_mask, device=resolve(site.device))
+    if randomness is None:
+        return Site(site.site, study, dataset, ledger, policy=site.policy)
+    return Site(site.site, study, dataset, ledger, randomness, policy=site.policy)

@@ -1,0 +1,83 @@
+"""A study's terms in words, for the person who says yes: what is predicted, what it costs a patient, what leaves."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from dp_accounting import pld
+
+from common.privacy.accounting import COARSE, epsilon_of, event
+from common.privacy.plan import Plan
+
+if TYPE_CHECKING:
+    from client.site_file import SiteFile
+    from common.study import Study
+
+
+def best_guess(plan: Plan) -> float:
+    """How often the best guess is right whether one given patient is among the records; a coin is right half the time.
+
+    The guesser sees all that a whole plan releases and knows all but this. With P and Q the releases with and without
+    the patient, and both as likely beforehand, the best test is right with chance (1 + TV(P, Q)) / 2, and TV is delta
+    at epsilon 0 (Dong, Roth and Su 2022, section 2), here by PLD, pessimistically; or what (epsilon, delta) alone
+    allows, (e^epsilon + delta) / (e^epsilon + 1) (Kairouz, Oh and Viswanath 2015, theorem 2.1), where that is less.
+
+    Guarantee:
+        Never below the true chance.
+    """
+    epsilon = epsilon_of(plan)
+    bound = (1 + plan.delta * math.exp(-epsilon)) / (1 + math.exp(-epsilon)) if math.isfinite(epsilon) else 1.0
+    if plan.noise_multiplier == 0:
+        return bound
+    try:
+        accountant = pld.PLDAccountant(value_discretization_interval=COARSE)
+        accountant.compose(event(plan.sampling_rate, plan.noise_multiplier, plan.priced_steps))
+        distance = float(accountant.get_delta(0.0))
+    except (ArithmeticError, ValueError, MemoryError):
+        return bound
+    return min(bound, (1 + distance) / 2) if distance >= 0 else bound  # NaN is not >= 0
+
+
+def terms_in_words(study: Study, site: SiteFile, weights: int) -> str:
+    """The terms, a paragraph each.
+
+    Args:
+        study: what is agreed to.
+        site: this hospital's own file.
+        weights: how many numbers the network has.
+    """
+    plan, training = study.plan(), study.training
+    declared = study.sites[site.site].declared_patients
+    others = [f"{name} ({terms.declared_patients})" for name, terms in study.sites.items() if name != site.site]
+    network = "logistic regression" if study.model.cell == "none" else f"a {study.model.cell.upper()} network"
+    right = math.ceil(100 * best_guess(plan))
+    q, clip, sigma = plan.sampling_rate, plan.clip, plan.noise_multiplier
+    return f"""\
+Study {study.name} predicts `{study.task.name}` with {network} of {weights:,} weights.
+
+Taking part: {site.site}, this hospital, which publishes that it has about {declared} patients;
+{", ".join(others) if others else "no other"}. A round counts if at least {study.quorum} answer.
+
+Price: epsilon {epsilon_of(plan):.3g} at delta {plan.delta:g} for each patient, for the whole study. This hospital
+allows {site.policy.max_epsilon:g} at {site.policy.delta:g} for a lifetime of studies. All of it is charged with the
+first round, also if the study stops early.
+
+In words: somebody who sees everything that this hospital sends, and knows everything except whether
+one given patient is among its records, can guess that rightly in at most {right} of 100 cases; tossing
+a coin, in 50.
+
+How: {training.rounds} rounds of {training.local_steps} step(s), and {plan.spare_steps} spare step(s) for rounds
+that fail. Each step draws every patient with chance {q:g}, cuts each one's influence at {clip:g}, and adds
+noise of {sigma:g} times that before anything leaves.
+
+Leaves this hospital, each round: {weights:,} numbers with the noise in them; the round's number; one word
+of a closed list, such as OK or LOCAL_FAILURE; digests of study, program and the ledger's newest entry;
+this hospital's public key.
+
+Never leaves: records, patient ids, counts, labels, results of a test, texts of errors.
+
+Not covered by the price: when this hospital answers and whether it does, that it takes part, the size
+that it publishes, and what people tell each other. A patient with records at two of the hospitals pays
+at both.
+"""
