@@ -13,6 +13,10 @@ from common.errors import WardroundError, WireError
 from common.records import Header, Reply, Status, check_like, reply_from_message
 from common.weights import Weights
 
+# A site says these after it has found the head it was sent in its ledger. Any other refusal may come from a ledger
+# that was put back to an older copy, and its head would hide that.
+VOUCHED = (Status.OK, Status.BUDGET, Status.LOCAL_FAILURE)
+
 
 class QuorumError(WardroundError):
     """Fewer sites than the study's quorum sent a usable update."""
@@ -20,10 +24,11 @@ class QuorumError(WardroundError):
 
 @dataclass
 class Replies:
-    """What came back in one round: updates by site, and why a site has none."""
+    """What came back in one round: updates by site, why a site has none, and the heads of the sites' ledgers."""
 
     updates: dict[str, Weights] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    heads: dict[str, str] = field(default_factory=dict)
 
     def require(self, quorum: int, round_number: int) -> None:
         """Raise QuorumError unless at least `quorum` updates are there."""
@@ -52,6 +57,7 @@ def collect(
         largest: the L2 norm that no honest update of a site exceeds; a larger one would own the average.
 
     A second reply of a site and a reply of a node outside the roster are dropped. One bad reply never stops a round.
+    Heads are taken from refusals too: an attempt that failed stays in the site's ledger.
     """
     replies = Replies()
     for message in messages:
@@ -59,9 +65,10 @@ def collect(
         if site is None or site in replies.updates or site in replies.refused:
             continue
         try:
-            replies.updates[site] = _checked(
-                reply_from_message(message), header, like, (largest or {}).get(site, math.inf)
-            )
+            reply = reply_from_message(message)
+            if reply.header == header and reply.status in VOUCHED and reply.head:
+                replies.heads[site] = reply.head
+            replies.updates[site] = _checked(reply, header, like, (largest or {}).get(site, math.inf))
         except WireError as error:
             replies.refused[site] = str(error)
     for site in roster.values():

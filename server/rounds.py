@@ -16,6 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 
 from common.weights import Weights
+from server.participation import QuorumError
 from server.strategy import FederatedAveraging
 
 
@@ -38,6 +39,7 @@ def run(
     first_round: int = 1,
     deadline: float | None = None,
     on_round: Callable[[RoundRecord], None] = lambda _record: None,
+    on_no_quorum: Callable[[RoundRecord, QuorumError], None] | None = None,
 ) -> Weights:
     """Run rounds `first_round`..`rounds` and return the last global weights.
 
@@ -45,16 +47,30 @@ def run(
         grid: sends messages and returns what was answered within `deadline` seconds (None: waits for all).
         strategy: configures, checks and aggregates; holds the weights.
         on_round: called after every aggregate with what happened.
+        on_no_quorum: called when a round had fewer usable updates than the quorum. When it returns, the round is
+            asked for again, with the same weights: a site that has answered it repeats its answer and spends nothing.
 
     Raises:
-        QuorumError: a round had fewer usable updates than the quorum; the strategy keeps the weights before it.
+        QuorumError: no quorum, and no `on_no_quorum`. The strategy keeps the weights before the round.
     """
-    for number in range(first_round, rounds + 1):
+    number = first_round
+    while number <= rounds:
         began = time.monotonic()
         messages = strategy.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
         replies = grid.send_and_receive(messages, timeout=deadline)
-        strategy.aggregate_train(number, replies)
-        taken = strategy.replies
-        seconds = time.monotonic() - began
-        on_round(RoundRecord(number, tuple(sorted(taken.updates)), dict(taken.refused), strategy.weights, seconds))
+        try:
+            strategy.aggregate_train(number, replies)
+        except QuorumError as error:
+            if on_no_quorum is None:
+                raise
+            on_no_quorum(_record(number, strategy, began), error)
+            continue
+        on_round(_record(number, strategy, began))
+        number += 1
     return strategy.weights
+
+
+def _record(number: int, strategy: FederatedAveraging, began: float) -> RoundRecord:
+    taken = strategy.replies
+    seconds = time.monotonic() - began
+    return RoundRecord(number, tuple(sorted(taken.updates)), dict(taken.refused), strategy.weights, seconds)

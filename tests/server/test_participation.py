@@ -139,3 +139,26 @@ def test_an_update_that_would_own_the_average_is_dropped() -> None:
     replies = collect([good(2), good(3)], {2: "north", 3: "east"}, TERMS, LIKE, bounds)
     assert list(replies.updates) == ["east"]
     assert "exceeds" in replies.refused["north"]
+
+
+def test_heads_come_from_replies_whose_ledger_was_looked_at() -> None:
+    """A head counts with OK, BUDGET and LOCAL_FAILURE; a ledger that was put back must not replace the newer head."""
+    for status in Status:
+        reply = Reply(TERMS, status, update() if status is Status.OK else None, "a" * 64)
+        found = collect([reply_message(reply_to_content(reply))], ROSTER, TERMS, LIKE)
+        vouched = status in (Status.OK, Status.BUDGET, Status.LOCAL_FAILURE)
+        assert found.heads == ({"north": "a" * 64} if vouched else {})
+
+
+def test_a_head_of_another_round_or_an_empty_one_is_not_kept() -> None:
+    """A late reply's head is older than what the server has; a site without a ledger's head has none."""
+    for header, head in ((dataclasses.replace(TERMS, round_number=4), "a" * 64), (TERMS, "")):
+        reply = Reply(header, Status.OK, update(), head)
+        assert collect([reply_message(reply_to_content(reply))], ROSTER, TERMS, LIKE).heads == {}
+
+
+def test_an_update_that_is_refused_still_leaves_its_head() -> None:
+    """What the ledger recorded stays recorded, also where the update was of no use."""
+    bad = {name: np.full_like(array, np.nan) for name, array in LIKE.items()}
+    found = collect([reply_message(reply_to_content(Reply(TERMS, Status.OK, bad, "b" * 64)))], ROSTER, TERMS, LIKE)
+    assert (found.updates, found.heads) == ({}, {"north": "b" * 64})

@@ -275,3 +275,46 @@ def test_nothing_is_evaluated_at_a_site() -> None:
     assert list(strategy.configure_evaluate(1, ArrayRecord(), ConfigRecord(), ScriptedGrid(honest))) == []
     assert strategy.aggregate_evaluate(1, []) is None
     strategy.summary()
+
+
+def test_a_head_goes_back_to_its_site_with_the_next_request() -> None:
+    """Each site gets the newest head of its own ledger, kept over a round without one and over a failed round."""
+    heads: dict[str, list[str]] = {"north": [], "east": []}
+
+    def answer(site: str, request: Request) -> RecordDict:
+        heads[site].append(request.head)
+        number = request.header.round_number
+        if site == "east" and number == 2:
+            return reply_to_content(Reply(request.header, Status.POLICY, None, "f" * 64))
+        mine = f"{number}" * 63 + site[0].replace("n", "a")
+        return reply_to_content(Reply(request.header, Status.OK, update_of(site, number), mine))
+
+    strategy = strategy_of(small_study(quorum=1))
+    run(ScriptedGrid(answer), strategy, rounds=3)
+    assert heads == {"north": ["", "1" * 63 + "a", "2" * 63 + "a"], "east": ["", "1" * 63 + "e", "1" * 63 + "e"]}
+    assert strategy.heads == {"north": "3" * 63 + "a", "east": "3" * 63 + "e"}
+
+
+def test_a_round_without_quorum_can_be_asked_again() -> None:
+    """With `on_no_quorum` the round is repeated with the same weights until it counts; only then is it recorded."""
+    paused: list[tuple[int, tuple[str, ...], str]] = []
+    done: list[int] = []
+    failures = iter([True, True])
+
+    def answer(site: str, request: Request) -> RecordDict:
+        fails = site == "east" and request.header.round_number == 2 and next(failures, False)
+        return (_refusal if fails else honest)(site, request)
+
+    grid = ScriptedGrid(answer)
+    found = run(
+        grid,
+        strategy_of(),
+        rounds=3,
+        on_round=lambda record: done.append(record.round_number),
+        on_no_quorum=lambda record, error: paused.append((record.round_number, record.sites, str(error))),
+    )
+    assert same(found, run(ScriptedGrid(honest), strategy_of(), rounds=3))
+    assert done == [1, 2, 3]
+    assert [(number, sites) for number, sites, _ in paused] == [(2, ("north",)), (2, ("north",))]
+    assert "1 usable updates, the study's quorum is 2 (east: LOCAL_FAILURE)" in paused[0][2]
+    assert len(grid.sent) == 5
