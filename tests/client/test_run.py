@@ -30,7 +30,10 @@ from tests.client.coordinator import Authority, Coordinator
 from tests.client.hospitals import with_key, write_site, write_study
 from tests.client.scripted import SECRET
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are watched through /proc and pidfd")
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(sys.platform != "linux", reason="processes are watched through /proc and pidfd"),
+]
 
 RUN = """
 import sys

@@ -148,6 +148,7 @@ def test_a_killed_server_resumes_to_the_same_weights(tmp_path: Path, expected: W
     assert {site.ledger.steps_taken(STUDY.digest()) for site in cohort.sites.values()} == {3}  # type: ignore[attr-defined]  # a MemoryLedger
 
 
+@pytest.mark.full
 def test_a_stopped_server_says_so_and_resumes(tmp_path: Path, expected: Weights) -> None:
     """SIGTERM ends it with status 0 and nothing half done; `--resume` goes on; a finished study is finished again."""
     cohort = cohort_of()
@@ -165,6 +166,7 @@ def test_a_stopped_server_says_so_and_resumes(tmp_path: Path, expected: Weights)
     assert len(cohort.asked) == 6
 
 
+@pytest.mark.full
 def test_without_quorum_the_study_pauses_and_goes_on(tmp_path: Path, expected: Weights) -> None:
     """A site that fails leaves the round without quorum: it is asked for again, and the result is the same."""
     cohort = cohort_of()
@@ -194,6 +196,7 @@ def test_without_quorum_the_study_pauses_and_goes_on(tmp_path: Path, expected: W
     assert next(s for s in status(folder)["sites"] if s["site"] == "east")["last_refusal"] == "POLICY (round 2)"
 
 
+@pytest.mark.full
 def test_a_site_that_died_with_the_message_is_asked_again(tmp_path: Path, expected: Weights) -> None:
     """A client that takes the message and dies gets it again when it connects anew, within the same round."""
     cohort = cohort_of()
@@ -217,6 +220,7 @@ def test_a_site_that_died_with_the_message_is_asked_again(tmp_path: Path, expect
     assert [line["refused"] for line in lines(folder)] == [{}, {}, {}]
 
 
+@pytest.mark.full
 def test_the_deadline_ends_a_round_with_a_quorum(tmp_path: Path) -> None:
     """A site that never answers costs each round its deadline, and the study goes on with the others."""
     study = small_study(quorum=1, privacy={"sampling_rate": 1.0}, training={"rounds": 2})
@@ -237,6 +241,7 @@ def test_the_deadline_ends_a_round_with_a_quorum(tmp_path: Path) -> None:
     assert lines(folder)[0]["seconds"] >= 2.0
 
 
+@pytest.mark.full
 def test_a_late_site_is_admitted_while_the_server_runs(tmp_path: Path, expected: Weights) -> None:
     """`server admit` beside a running server lets the site in without a restart."""
     cohort = cohort_of()
@@ -252,6 +257,7 @@ def test_a_late_site_is_admitted_while_the_server_runs(tmp_path: Path, expected:
     assert same(final(folder), expected)
 
 
+@pytest.mark.full
 def test_the_heads_of_ledgers_go_round(tmp_path: Path) -> None:
     """The head in a site's reply comes back with its next request, also from another server process."""
     study = small_study(privacy={"sampling_rate": 1.0}, training={"rounds": 2})
@@ -301,6 +307,7 @@ sys.addaudithook(hook)
 """
 
 
+@pytest.mark.full
 def test_nothing_reaches_outside_and_nothing_is_written_outside_the_folder(tmp_path: Path) -> None:
     """A whole study: the process connects to nobody, listens on one port, and opens no file elsewhere for writing."""
     study = small_study(privacy={"sampling_rate": 1.0}, training={"rounds": 1})
@@ -371,6 +378,7 @@ def test_one_server_a_folder(tmp_path: Path) -> None:
         assert "is in use by another process; end that one first" in str(second.exception)
 
 
+@pytest.mark.full
 def test_plaintext_is_for_this_machine_only(tmp_path: Path) -> None:
     """`--plaintext` needs a folder that listens on loopback, and then serves without TLS."""
     public = make_folder(tmp_path / "public", STUDY, new_keys(STUDY), host="0.0.0.0")
@@ -396,6 +404,7 @@ def _plain(folder: ServerFolder) -> dict[str, Any] | None:
     return answer
 
 
+@pytest.mark.full
 def test_a_port_in_use_and_a_changed_study_are_one_line(tmp_path: Path) -> None:
     """What a person can cause is said in one line, and leaves no process behind."""
     folder = make_folder(tmp_path / "study", STUDY, new_keys(STUDY))
@@ -411,6 +420,7 @@ def test_a_port_in_use_and_a_changed_study_are_one_line(tmp_path: Path) -> None:
     assert progress.read_now(folder.state / "now.json") is None
 
 
+@pytest.mark.full
 def test_a_site_that_is_not_on_the_roster_never_gets_in(tmp_path: Path) -> None:
     """A hospital with another key keeps knocking; the study waits, and nothing is asked of it."""
     cohort = cohort_of()
