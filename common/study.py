@@ -61,7 +61,7 @@ class Privacy(Terms):
     epsilon: float | None = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
     sampling_rate: float = Field(default=0.25, gt=0, le=1)
-    clip: float = Field(gt=0)
+    clip: float = Field(ge=1e-6, le=1e9)  # float32 sums and norms hold their bounds far beyond, not without end
     spare_rounds: int = Field(default=4, ge=0, le=10_000)
 
 

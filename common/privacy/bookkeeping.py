@@ -189,7 +189,7 @@ class BookKeepingOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no 
             super().add_noise()
             return
         flat = torch.cat([p.summed_grad.flatten() for p in params])
-        noised = self.noise(flat, deviation) if deviation > 0 else flat
+        noised = self.noise(flat, deviation) if self.noise_multiplier > 0 else flat
         if noised.shape != flat.shape:
             raise ValueError(f"noise returned shape {tuple(noised.shape)}; it must keep {tuple(flat.shape)}")
         for p, part in zip(params, torch.split(noised, [p.numel() for p in params]), strict=True):

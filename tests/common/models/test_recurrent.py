@@ -39,10 +39,15 @@ def _given(form: str, x: Tensor, batch_first: bool) -> Tensor | PackedSequence:
 
 
 def _run(layer: nn.RNNBase, given: Tensor | PackedSequence, states: list[Tensor] | None) -> list[Tensor]:
-    """All outputs, then the gradients of a fixed function of them."""
+    """All outputs, then the gradients of a fixed function of them. Packed in is packed out, in the same order."""
     torch.manual_seed(5)  # same dropout masks
     hx = None if states is None else tuple(states) if layer.mode == "LSTM" else states[0]
     outputs, last = layer(given, hx)
+    if isinstance(given, PackedSequence):
+        assert isinstance(outputs, PackedSequence)
+        for name in ("batch_sizes", "sorted_indices", "unsorted_indices"):
+            mine, wanted = getattr(outputs, name), getattr(given, name)
+            assert mine is wanted is None or torch.equal(mine, wanted)
     results = [outputs.data if isinstance(outputs, PackedSequence) else outputs]
     results += list(last) if isinstance(last, tuple) else [last]
     generator = torch.Generator().manual_seed(6)
@@ -59,7 +64,7 @@ def _run(layer: nn.RNNBase, given: Tensor | PackedSequence, states: list[Tensor]
 def test_outputs_states_and_gradients_are_those_of_torch(kind: str, form: str, dtype: torch.dtype) -> None:
     """For every option and form of input, outputs, last states and all gradients equal torch.nn's to rounding."""
     tolerance = 1e-6 if dtype == torch.float32 else 1e-12
-    options = itertools.product([1, 2], [False, True], [True, False], [True, False], [True, False])
+    options = itertools.product([1, 2, 3], [False, True], [True, False], [True, False], [True, False])
     for layers, bidirectional, batch_first, bias, with_states in options:
         torch.manual_seed(0)
         ours, theirs = _layers(
@@ -121,14 +126,21 @@ def test_gradients_agree_with_finite_differences(kind: str) -> None:
     assert torch.autograd.gradcheck(outputs, (data, *states, *layer.parameters()))
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_state_dicts_are_interchangeable(kind: str) -> None:
-    """Names, shapes and order of parameters are torch.nn's, and state dicts load both ways."""
-    ours, theirs = _layers(kind, num_layers=2, bidirectional=True)
+def test_state_dicts_are_interchangeable(kind: str, bias: bool) -> None:
+    """Names, shapes and order of parameters are torch.nn's; weights load both ways, and the outputs go with them."""
+    ours, theirs = _layers(kind, num_layers=2, bidirectional=True, bias=bias, dtype=torch.float64)
     assert [(n, p.shape) for n, p in ours.named_parameters()] == [(n, p.shape) for n, p in theirs.named_parameters()]
     assert list(ours.state_dict()) == list(theirs.state_dict())
-    ours.load_state_dict(theirs.state_dict())
-    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(STEPS, SEQUENCES, FEATURES, dtype=torch.float64)
+    for giver, taker in ((ours, theirs), (theirs, ours)):
+        with torch.no_grad():
+            for parameter in giver.parameters():
+                parameter.uniform_(-1, 1)
+        assert not torch.allclose(taker(x)[0], giver(x)[0])
+        taker.load_state_dict(giver.state_dict())
+        torch.testing.assert_close(taker(x)[0], giver(x)[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)

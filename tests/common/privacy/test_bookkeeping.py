@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from common.models.recurrent import GRU
 from common.privacy.bookkeeping import BookKeepingHooks, BookKeepingOptimizer, clip_weights
 from common.privacy.rows import Rows
-from tests.common.privacy.cases import CELLS, POOLINGS, altered, loss_over, make_cohort, twins
+from tests.common.privacy.cases import CELLS, POOLINGS, altered, cancelling, loss_over, make_cohort, twins
 from tests.oracles import (
     FLOAT32,
     FLOAT64,
@@ -135,17 +135,10 @@ def test_micro_batches_give_the_sum_of_one_batch(dtype: torch.dtype, tolerance: 
         assert float((update - updates[0]).norm()) <= tolerance.total * float(updates[0].norm())
 
 
-def _cancelling(patients: int, steps: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
-    """Rows by patient whose products all but cancel: the second half repeats the first with the other sign."""
-    a, x = torch.randn(patients, steps // 2, outputs), torch.randn(patients, steps // 2, inputs)
-    return torch.cat([a, -a], 1), torch.cat([x, x * (1 + 1e-4 * torch.randn_like(x))], 1)
-
-
 @pytest.mark.parametrize("width", [4, 64], ids=["by product", "by Gram"])
 def test_patients_that_cancel_are_bounded(width: int) -> None:
     """400 patients whose 16 rows all but cancel: none contributes more than C (1 + 1e-4) to a float32 sum."""
-    torch.manual_seed(0)
-    a, x = _cancelling(400, 16, width, width)
+    a, x = cancelling(400, 16, width, width)
     clip = 1e-3 * float((a.norm(dim=2) * x.norm(dim=2)).sum(1).median())
     network = nn.Linear(width, width)
     hooks = BookKeepingHooks(network, loss_reduction="sum", require_rows=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 import torch
 from opacus import PrivacyEngine
 from opacus.grad_sample import GradSampleModule
-from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleHooksFastGradientClipping
+from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
+    GradSampleHooksFastGradientClipping,
+    GradSampleModuleFastGradientClipping,
+)
 from opacus.layers import DPGRU, DPLSTM
 from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchMemoryManager
@@ -23,10 +27,12 @@ from common.models import recurrent
 from common.privacy import bookkeeping
 from common.privacy.bookkeeping import BookKeepingEngine, BookKeepingHooks, BookKeepingModule, BookKeepingOptimizer
 from common.privacy.rows import Rows
-from tests.oracles import FLOAT32, PrivateSum, check_private_sum, patient_gradients
+from tests.common.privacy.cases import cancelling
+from tests.oracles import FLOAT32, PrivateSum, Tolerance, check_private_sum, patient_gradients
 
 FEATURES, HIDDEN, STEPS = 3, 4, 6
 LOOSE = replace(FLOAT32, total=1e-4)  # Opacus adds 1e-6 to every norm
+BOUNDS = Tolerance(total=math.inf, below=1e-6, above=math.inf, removal=1e-4)  # what privacy needs, and no more
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),  # Opacus, on inputs that are data
@@ -179,8 +185,8 @@ WEIGHT_IN_LOSS = (1.0, -40.0, 0.2, 10.0, -0.05)  # patients whose gradients diff
 # Known defects of Opacus 1.6, kept as documentation: our check must see them.
 
 
-def _opacus_sum(network: Last, sequences: list[Tensor], clip: float, *, sort: bool) -> PrivateSum:
-    """The clipped sum of Opacus's hooks mode on a packed batch."""
+def _opacus_sum(network: Last, sequences: list[Tensor], clip: float, form: str) -> PrivateSum:
+    """The clipped sum of Opacus's hooks mode. form: "padded" (sequences of one length), "sorted" or "unsorted"."""
 
     def private_sum(patients: Sequence[int]) -> tuple[Tensor, None]:
         wrapped = GradSampleModule(copy.deepcopy(network), loss_reduction="sum")
@@ -191,37 +197,90 @@ def _opacus_sum(network: Last, sequences: list[Tensor], clip: float, *, sort: bo
             expected_batch_size=1,
             loss_reduction="sum",
         )
-        chosen = sorted(patients, key=lambda p: -len(sequences[p])) if sort else list(patients)
-        packed = pack_sequence([sequences[p] for p in chosen], enforce_sorted=sort)
-        (wrapped(packed) * torch.tensor([WEIGHT_IN_LOSS[p] for p in chosen])).sum().backward()
+        chosen = sorted(patients, key=lambda p: -len(sequences[p])) if form == "sorted" else list(patients)
+        records = [sequences[p] for p in chosen]
+        batch = torch.stack(records) if form == "padded" else pack_sequence(records, enforce_sorted=form == "sorted")
+        (wrapped(batch) * torch.tensor([WEIGHT_IN_LOSS[p] for p in chosen])).sum().backward()
         optimizer.step()
         return torch.cat([p.grad.flatten().double() for p in optimizer.params]), None
 
     return private_sum
 
 
+def _opacus_records(lengths: tuple[int, ...]) -> tuple[Last, list[Tensor], Tensor, float]:
+    """DPLSTM and a linear head, records of these lengths, the oracle's gradients [5, d], and their median norm."""
+    torch.manual_seed(0)
+    network = Last(DPLSTM(FEATURES, HIDDEN, batch_first=True))
+    sequences = [torch.randn(n, FEATURES) for n in lengths]
+
+    def loss_of(patient: int) -> Tensor:
+        logits: Tensor = network(sequences[patient][None])
+        return WEIGHT_IN_LOSS[patient] * logits[0]
+
+    gradients = patient_gradients(network.parameters(), loss_of, range(5))
+    return network, sequences, gradients, float(gradients.norm(dim=1).median())
+
+
+@pytest.mark.parametrize(("form", "lengths"), [("sorted", (2, 5, 1, 4, 3)), ("padded", (4, 4, 4, 4, 4))])
+def test_the_harness_passes_opacus_on_sorted_and_padded_input(form: str, lengths: tuple[int, ...]) -> None:
+    """Opacus's DPLSTM and linear head pass the check that every private sum must pass, where its rows are in order."""
+    network, sequences, gradients, clip = _opacus_records(lengths)
+    check_private_sum(_opacus_sum(network, sequences, clip, form), gradients, clip, LOOSE)
+
+
 def test_opacus_mixes_patients_on_packed_unsorted_input() -> None:
-    """D1: the oracle's check fails Opacus's DPLSTM and linear head on unsorted packed input, and passes it on sorted.
+    """D1: the same check fails Opacus's DPLSTM and linear head on unsorted packed input.
 
     Recurrent gradients per example come back in sorted order, linear ones in the caller's, so that the norm of one
     patient clips the rows of another: a patient can move the sum by more than C.
     """
-    torch.manual_seed(0)
-    network = Last(DPLSTM(FEATURES, HIDDEN))
-    sequences = [torch.randn(n, FEATURES) for n in (2, 5, 1, 4, 3)]
-
-    def loss_of(patient: int) -> Tensor:
-        logits: Tensor = network(pack_sequence([sequences[patient]]))
-        return WEIGHT_IN_LOSS[patient] * logits[0]
-
-    gradients = patient_gradients(network.parameters(), loss_of, range(5))
-    clip = float(gradients.norm(dim=1).median())
-    check_private_sum(_opacus_sum(network, sequences, clip, sort=True), gradients, clip, LOOSE)
-    mixed = _opacus_sum(network, sequences, clip, sort=False)
+    network, sequences, gradients, clip = _opacus_records((2, 5, 1, 4, 3))
+    mixed = _opacus_sum(network, sequences, clip, "unsorted")
     with pytest.raises(AssertionError, match="clipped sum is off"):
         check_private_sum(mixed, gradients, clip, LOOSE)
+    with pytest.raises(AssertionError, match="removing a patient moved the sum"):
+        check_private_sum(mixed, gradients, clip, BOUNDS)
     moved = [(mixed(range(5))[0] - mixed([q for q in range(5) if q != p])[0]).norm() for p in range(5)]
     assert float(max(moved)) > 1.5 * clip
+
+
+def _ghost_sum(network: nn.Linear, X: Tensor, A: Tensor, clip: float) -> PrivateSum:
+    """The clipped sum of Opacus's ghost mode, for a loss whose gradient at the layer's output is A [P, T, G]."""
+
+    def private_sum(patients: Sequence[int]) -> tuple[Tensor, Tensor]:
+        wrapped = GradSampleModuleFastGradientClipping(
+            copy.deepcopy(network), loss_reduction="sum", max_grad_norm=clip, use_ghost_clipping=True
+        )
+        losses = (wrapped(X[list(patients)]) * A[list(patients)]).sum((1, 2))
+        losses.sum().backward(retain_graph=True)
+        norms, weights = wrapped.get_norm_sample(), wrapped.get_clipping_coef()
+        wrapped.zero_grad()
+        wrapped.disable_hooks()
+        (weights * losses).sum().backward()
+        return torch.cat([p.grad.flatten().double() for p in wrapped.parameters()]), norms
+
+    return private_sum
+
+
+def test_the_harness_passes_the_ghost_mode_of_opacus_where_no_rows_cancel() -> None:
+    """Opacus's ghost mode of a linear layer passes the check on random rows."""
+    generator = torch.Generator().manual_seed(0)
+    A, X = (torch.randn(4, 16, 16, generator=generator) for _ in range(2))
+    gradients = torch.einsum("ptg,ptf->pgf", A.double(), X.double()).flatten(1)
+    clip = float(gradients.norm(dim=1).median())
+    check_private_sum(_ghost_sum(nn.Linear(16, 16, bias=False), X, A, clip), gradients, clip, LOOSE)
+
+
+def test_the_harness_fails_the_ghost_mode_of_opacus_where_rows_cancel() -> None:
+    """D14: for rows that all but cancel, the check finds norms that are no bounds, and sums that move by many C."""
+    A, X = cancelling(400, 16, 16, 16)
+    gradients = torch.einsum("ptg,ptf->pgf", A.double(), X.double()).flatten(1)
+    clip = float(gradients.norm(dim=1).median()) / 1000
+    ghost = _ghost_sum(nn.Linear(16, 16, bias=False), X, A, clip)
+    with pytest.raises(AssertionError, match=r"norm 0\.0 reported for"):
+        check_private_sum(ghost, gradients, clip, BOUNDS)
+    with pytest.raises(AssertionError, match=r"removing a patient moved the sum by \d{3,}"):
+        check_private_sum(lambda patients: (ghost(patients)[0], None), gradients, clip, BOUNDS)
 
 
 def test_opacus_ghost_norm_is_no_upper_bound_where_rows_cancel() -> None:
