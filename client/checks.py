@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cryptography import x509
@@ -20,7 +21,7 @@ from client.fleet import Fleet
 from client.network import Health, authority_spoken
 from client.site_file import SiteFile, study_of
 from client.state import KEY, LEDGER, NODE, StateFolder
-from common.errors import ConfigurationError, WardroundError
+from common.errors import ConfigurationError, LedgerError, WardroundError
 from common.keys import fingerprint, load_private
 from common.provenance import code_digest
 from common.records import WIRE_VERSION
@@ -80,6 +81,11 @@ def check(site: SiteFile, state: StateFolder, say: Say, clock: Callable[[], floa
         say("roster", "the server admits this site's key")
     site.policy.check(study)
     say("policy", "the study keeps within every limit of this site")
+    if before is not None and not (state / LEDGER).exists():
+        raise LedgerError(
+            f"{state / LEDGER}: this hospital has enrolled before, but its ledger is gone; restore the newest backup, "
+            "then run `wardround client budget SITE.yaml --accept-restore`"
+        )
     _budget(site, state, study)
     say("budget", "the ledger has room for the study")
     say("records", _records(site, state, study))
@@ -88,6 +94,14 @@ def check(site: SiteFile, state: StateFolder, say: Say, clock: Callable[[], floa
     shown = hashlib.sha256(health.certificate).hexdigest() if health.certificate else ""
     now = datetime.fromtimestamp(clock(), UTC).isoformat(timespec="seconds")
     return Findings(study, Enrolment.of(site, study, shown, now), before, weights)
+
+
+def make_ledger(site: SiteFile, state: StateFolder) -> None:
+    """Begin the site's ledger, if there is none yet. Raises LedgerError."""
+    from client.ledger_file import SqliteLedger
+
+    anchor = Path(site.anchor) if site.anchor is not None else None
+    SqliteLedger(state / LEDGER, site.policy.max_epsilon, site.policy.delta, anchor=anchor).close()
 
 
 def _certificate(health: Health, site: SiteFile) -> str:

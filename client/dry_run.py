@@ -1,9 +1,10 @@
 """What would leave this hospital, written to a folder instead: for the one who has to approve it.
 
-One round from the study's public starting weights, with the site's records, its policy and real randomness. Nothing
-connects, and nothing is charged: the ledger is one in memory that ends with the process, and its noise is drawn anew,
-so no later release has anything in common with this one. That is also why the folder must not be handed on: it holds
-a release that no budget was paid for, so it is to be guarded like the records.
+One round from the study's public starting weights, with the site's records opened, its policy and real noise, but with
+nobody drawn: each step's sample is empty, as it may be by chance in a real round. So every field and every size is
+what would be sent, and the update is noise alone: it holds nothing of a patient, whoever reads it and however often it
+is made. Training on patients would have been one more release of them, for which no budget is paid. Nothing connects,
+and nothing is charged: the ledger is one in memory that ends with the process.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.app import Message
+from numpy.typing import NDArray
 
 from client.fleet import bodies, rehearsal
 from client.hospital import Hospital, site_with
@@ -23,11 +26,20 @@ from client.state import StateFolder
 from common.errors import ConfigurationError
 from common.keys import write_private
 from common.models.network import build_network
+from common.privacy.randomness import Randomness
 from common.provenance import code_digest
 from common.records import Header, Reply, Request, reply_from_message, reply_to_content, request_to_content
 from common.training import state_of
 
 NODE = 2  # a server gives each site a number; here it is any
+
+
+class _Nobody(Randomness):
+    """Real noise; every sample is empty."""
+
+    def poisson_sample(self, patients: int, sampling_rate: float) -> NDArray[np.int64]:
+        """No patient, whatever the rate."""
+        return super().poisson_sample(0 * patients, sampling_rate)
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,10 @@ class DryRun:
 
 
 def dry_run(site: SiteFile, state: StateFolder, folder: Path) -> DryRun:
-    """Train one round and write what would be sent to `folder`, which must be new or empty.
+    """Train one round on nobody and write what would be sent to `folder`, which must be new or empty.
+
+    Guarantee:
+        The update does not depend on the records: no patient is drawn, and the noise is real.
 
     Raises:
         WardroundError: study, records or device cannot be used, or the folder holds something.
@@ -49,7 +64,7 @@ def dry_run(site: SiteFile, state: StateFolder, folder: Path) -> DryRun:
         raise ConfigurationError(f"{folder}: exists and is not empty; name a new folder")
     study = study_of(site)
     ledger = MemoryLedger(site.policy.max_epsilon, site.policy.delta)
-    hospital = Hospital(site_with(ledger, site, study, state))
+    hospital = Hospital(site_with(ledger, site, study, state, lambda _round, _attempt: _Nobody()))
     header = Header(study.digest(), code_digest(), 1)
     request = rehearsal(request_to_content(Request(header, state_of(build_network(study)))), NODE)
     reply = reply_from_message(hospital.answer(request, NODE))

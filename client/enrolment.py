@@ -1,7 +1,9 @@
 """What a person at the hospital said yes to, pinned in the state folder; whatever differs from it later is refused.
 
-Pinned are the study's terms (by digest), the size that this site publishes, the site's own policy, and the authority
-that the server's certificate comes from. A renewed certificate of the same authority changes nothing; another
+Pinned are the study's terms (by digest), the size that this site publishes, the site's own policy, whose records train
+(directory, splits, file of opt-outs by name: its content may grow), and the authority that the server's certificate
+comes from. Whoever enrolled has a ledger: one that is gone later is refused (client/entry_file.py). A renewed
+certificate of the same authority changes nothing; another
 authority may be another server. `wardround client enrol` asks again; nothing else writes this file.
 """
 
@@ -32,6 +34,7 @@ class Enrolment(Terms):
         study: digest of the study's terms (`Study.digest`); `name` is for people.
         site, declared_patients: as whom, and the size that was agreed to publish.
         policy: digest of the site's policy.
+        records, splits, exclude: the records' directory, which of their splits train, and the file of opt-outs.
         authority: sha256 of the server's certificate authority; "" for plaintext on this machine.
         certificate: sha256 of the certificate that the server showed; for people, not compared.
         time: when, UTC.
@@ -43,6 +46,9 @@ class Enrolment(Terms):
     site: str
     declared_patients: int
     policy: Digest
+    records: str
+    splits: tuple[str, ...]
+    exclude: str | None
     authority: Fingerprint
     certificate: Fingerprint
     time: str
@@ -56,6 +62,9 @@ class Enrolment(Terms):
             site=site.site,
             declared_patients=study.sites[site.site].declared_patients,
             policy=site.policy.digest(),
+            records=site.records,
+            splits=site.splits,
+            exclude=site.exclude,
             authority=authority_digest(site.server),
             certificate=certificate,
             time=time,
@@ -71,13 +80,21 @@ class Enrolment(Terms):
         """Pin it."""
         state.write_json(ENROLMENT, self.model_dump(mode="json"))
 
-    def require_site(self, site: SiteFile) -> None:
-        """Raise ConfigurationError unless site name, policy and authority are what was agreed to."""
+    def require_site(self, site: SiteFile, authority: str | None = None) -> None:
+        """Raise ConfigurationError unless site name, policy, records and authority are what was agreed to.
+
+        Args:
+            authority: `authority_digest` as read before; None reads it now.
+        """
         if site.site != self.site:
             raise ConfigurationError(f"site file: site `{site.site}`, but `{self.site}` was enrolled; {AGAIN}")
         if site.policy.digest() != self.policy:
             raise ConfigurationError(f"site file: the policy has changed since {self.time}; {AGAIN}")
-        if authority_digest(site.server) != self.authority:
+        for name in ("records", "splits", "exclude"):
+            now, agreed = getattr(site, name), getattr(self, name)
+            if now != agreed:
+                raise ConfigurationError(f"site file: `{name}` is {now}, on {self.time} it was {agreed}; {AGAIN}")
+        if (authority_digest(site.server) if authority is None else authority) != self.authority:
             raise ConfigurationError(
                 f"{site.server.ca or 'site file'}: another certificate authority than the one enrolled with on "
                 f"{self.time}; ask the coordinator, over a way that you trust, whether it changed; then {AGAIN}"
@@ -98,10 +115,10 @@ class Enrolment(Terms):
             )
 
 
-def enrolled(state: StateFolder, site: SiteFile) -> Enrolment:
-    """The pinned yes, if this site file still agrees with it. Raises ConfigurationError."""
+def enrolled(state: StateFolder, site: SiteFile, authority: str | None = None) -> Enrolment:
+    """The pinned yes, if this site file still agrees with it, see `require_site`. Raises ConfigurationError."""
     found = Enrolment.read(state)
     if found is None:
         raise ConfigurationError(f"{state.path}: not enrolled yet; run `wardround client enrol` first")
-    found.require_site(site)
+    found.require_site(site, authority)
     return found

@@ -14,6 +14,10 @@ Decisions a reader would question:
   can be dropped later, and the chain still proves what it was.
 - After a failed write the file is compared with what was appended so far before the next one: a full disk leaves
   nothing behind, but a failing one may.
+- Each commit is copied from the write-ahead log into the file at once (`wal_checkpoint(TRUNCATE)`): processes are ended
+  by a signal, so no orderly end would do it, and a backup of `ledger.db` alone would be an empty ledger. An attempt
+  and a release of 0.6 MB then take 50 ms instead of 20 ms. A rollback journal, which keeps everything in one file, too,
+  takes 45 ms, and would let a reader block a commit.
 - Local disks only: network file systems promise neither locks nor syncs.
 """
 
@@ -30,7 +34,7 @@ from urllib.parse import quote
 
 from client.durable import check_private, create_private
 from client.entries import SALT_BYTES, START, Entry, PatientsJoined, Released, chained, decode, encode
-from common.errors import LedgerError
+from common.errors import LedgerError, StaleLedgerError
 
 Connect = Callable[..., sqlite3.Connection]
 
@@ -68,17 +72,20 @@ class EntryFile:
     Args:
         path: the file. Beside it SQLite keeps `-wal` and `-shm`, and this class `.lock`.
         connect: opens SQLite; tests give one that fails or stops on purpose.
+        create: make a ledger where there is none; False refuses a file that is absent or holds no entry.
 
     Raises:
         LedgerError: the file is in use, damaged, of a newer version, a link, or readable by others.
     """
 
-    def __init__(self, path: Path, connect: Connect = sqlite3.connect) -> None:
+    def __init__(self, path: Path, connect: Connect = sqlite3.connect, *, create: bool = True) -> None:
         self.path = path
         self._stale = False
         lock = path.with_name(path.name + ".lock")
         for beside in (path, lock, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")):
             check_private(beside)
+        if not create and not path.exists():
+            raise _gone(path)
         with contextlib.ExitStack() as opened:
             create_private(lock)
             opened.enter_context(contextlib.closing(_locked(lock)))
@@ -91,8 +98,13 @@ class EntryFile:
                     raise LedgerError(f"{path}: this file system cannot keep a ledger; put the state on a local disk")
                 for setting in ("synchronous = FULL", "fullfsync = 1", "foreign_keys = ON"):
                     self._connection.execute(f"PRAGMA {setting}")
+                if not create and _version(path, self._connection) == 0:
+                    raise _gone(path)
                 _bring_up_to_date(path, self._connection)
                 self.contents = _read(path, self._connection)
+                if not create and not self.contents.entries:
+                    raise _gone(path)
+            self._into_one_file()
             self._resources = opened.pop_all()
 
     def append(self, entry: Entry, attachment: bytes | None = None, forget: Sequence[int] = ()) -> None:
@@ -112,6 +124,7 @@ class EntryFile:
                 self._connection.execute("INSERT INTO attachments VALUES (?, ?)", (number, attachment))
             for position in forget:
                 self._connection.execute("DELETE FROM attachments WHERE number = ?", (position,))
+        self._into_one_file()
         contents.entries.append(entry)
         contents.hashes.append(digest)
         contents.attached.difference_update(forget)
@@ -144,10 +157,15 @@ class EntryFile:
                 self._connection.rollback()
             raise
 
+    def _into_one_file(self) -> None:
+        """Copy the log into the file. What cannot be copied now stays in the log, durable, until the next time."""
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
     def _compare(self) -> None:
         row = self._connection.execute("SELECT number, hash FROM entries ORDER BY number DESC LIMIT 1").fetchone()
         if row != ((len(self.contents.hashes), self.contents.hashes[-1]) if self.contents.hashes else None):
-            raise LedgerError(f"{self.path}: a write that failed is there after all; start the client again")
+            raise StaleLedgerError(f"{self.path}: a write that failed is there after all; start the client again")
 
 
 def read_entries(path: Path) -> Contents:
@@ -162,10 +180,11 @@ def read_entries(path: Path) -> Contents:
     uri = f"file:{quote(str(path.absolute()))}?mode=ro"
     with _as_ledger_error(path), contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
         connection.execute("BEGIN")  # one moment of it, whatever the client appends meanwhile
-        if _version(path, connection) < VERSION:
-            raise LedgerError(
-                f"{path}: empty, or of an older version of wardround; start the client once with this one"
-            )
+        version = _version(path, connection)
+        if version == 0:  # `_read` has no tables; whoever enrolled is told when the client opens it
+            return Contents([], [], set())
+        if version < VERSION:
+            raise LedgerError(f"{path}: of an older version of wardround; start the client once with this one")
         return _read(path, connection)
 
 
@@ -238,6 +257,10 @@ def _decoded(path: Path, number: int, content: bytes) -> Entry:
         return decode(content)
     except (KeyError, TypeError, ValueError):
         raise _damaged(path, f"entry {number} cannot be read") from None
+
+
+def _gone(path: Path) -> LedgerError:
+    return LedgerError(f"{path}: this hospital has enrolled, but its ledger is gone or empty; {_RESTORE}")
 
 
 def _damaged(path: Path, what: str) -> LedgerError:

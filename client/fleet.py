@@ -19,6 +19,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,11 +84,12 @@ from client.network import (
     http_client,
 )
 from client.site_file import ServerTerms
-from common.errors import WireError
+from common.errors import WardroundError, WireError
 from common.keys import as_flower_bytes
 
 HEARTBEAT_SECONDS = HEARTBEAT_DEFAULT_INTERVAL  # the server calls a node offline after two of these
 PULL_SECONDS = 600.0  # for one message
+ERROR_BYTES = 10_000  # of an error's body; Flower's have a few hundred
 FIRST_WAIT = 0.05  # seconds until an announced object is asked for again
 
 _WORTH_TRYING_AGAIN = (401, 407, 408, 425, 429)
@@ -113,11 +115,19 @@ class Fleet:
     Args:
         server: where, and whom to trust.
         key: the site's private key; its public half must be on the server's roster.
+        trust: whom TLS trusts, read before; None reads the site file's authority.
     """
 
-    def __init__(self, server: ServerTerms, key: EllipticCurvePrivateKey, *, timeout: float = 30.0) -> None:
+    def __init__(
+        self,
+        server: ServerTerms,
+        key: EllipticCurvePrivateKey,
+        *,
+        timeout: float = 30.0,
+        trust: ssl.SSLContext | None = None,
+    ) -> None:
         self._server, self._key = server, key
-        self._client = _Client(server, key, http_client(server, timeout))
+        self._client = _Client(server, key, http_client(server, timeout, trust))
         self._node = Node()
         self.online = False
 
@@ -300,7 +310,9 @@ class Fleet:
             raise _RefusedError(self._server.address, error.response) from None
         except httpx.HTTPError as error:
             raise NetworkError(explain(error, self._server)) from None
-        except (ValueError, RuntimeError) as error:  # no protobuf; the connection was closed by another thread
+        except WardroundError:
+            raise
+        except Exception as error:  # no protobuf, a closed connection, or whatever a server can think of
             raise NetworkError(f"{self._server.address}: sent an answer that cannot be read ({_kind(error)})") from None
 
 
@@ -309,8 +321,9 @@ class _RefusedError(NetworkError):
 
     def __init__(self, address: str, response: httpx.Response) -> None:
         try:
-            found = FlowerError.from_json(response.text)
-        except RecursionError:  # brackets by the thousand
+            # not `text`: the answer itself would name the codec, and some of Python's are none of text
+            found = FlowerError.from_json(response.content[:ERROR_BYTES].decode("utf-8", "replace"))
+        except Exception:  # brackets by the thousand, a code that is none: there is no end of it
             found = None
         self.status, self.code = response.status_code, found.code if found else None
         self.run_is_over = self.code == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED

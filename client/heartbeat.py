@@ -36,6 +36,9 @@ class Heartbeat:
                 self._trouble, wait = None, self._seconds
             except NetworkError as error:
                 self._trouble, wait = error, self._after_failure
+            except Exception as error:  # or this thread would end, and the site with it
+                self._trouble = NetworkError(f"a sign of life failed with {type(error).__name__}; connecting anew")
+                wait = self._after_failure
 
     def __enter__(self) -> Self:
         self._thread.start()

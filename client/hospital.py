@@ -5,6 +5,7 @@ site file -> study, as pinned -> records without those who opted out -> ledger -
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,11 +33,16 @@ if TYPE_CHECKING:
 class Hospital:
     """A site, ready to answer messages.
 
+    Args:
+        site: opened.
+        optouts: file of opt-outs and its digest when the records were read; None if there is none.
+
     Attributes:
         ready: what the connection needs to know of it.
     """
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, optouts: tuple[Path, str] | None = None) -> None:
+        self._site, self._optouts = site, optouts
         shapes = state_of(build_network(site.study))
         self.ready = Ready(
             site.study.digest(), site.study.training.rounds, tuple(array.nbytes for array in shapes.values())
@@ -55,8 +61,28 @@ class Hospital:
         study = study_of(site)
         enrolled(state, site).require_study(site, study)
         anchor = Path(site.anchor) if site.anchor is not None else None
-        ledger = SqliteLedger(state / LEDGER, site.policy.max_epsilon, site.policy.delta, anchor=anchor)
-        return cls(site_with(ledger, site, study, state, randomness))
+        optouts = None if site.exclude is None else (Path(site.exclude), _digest_of(Path(site.exclude)))
+        ledger = SqliteLedger(state / LEDGER, site.policy.max_epsilon, site.policy.delta, anchor=anchor, create=False)
+        try:
+            return cls(site_with(ledger, site, study, state, randomness), optouts)
+        except BaseException:
+            ledger.close()
+            raise
+
+    @property
+    def outdated(self) -> bool:
+        """The file of opt-outs is not the one that the records were read with: read them again before training."""
+        return self._optouts is not None and _digest_of(self._optouts[0]) != self._optouts[1]
+
+    @property
+    def stale(self) -> bool:
+        """The ledger must be opened anew, by another process."""
+        return self._site.stale
+
+    def close(self) -> None:
+        """Give the ledger back."""
+        if isinstance(self._site.ledger, SqliteLedger):
+            self._site.ledger.close()
 
     def answer(self, message: Message, node: int) -> Message:
         """The reply of the installed ClientApp."""
@@ -64,6 +90,14 @@ class Hospital:
             run_id=message.metadata.run_id, node_id=node, node_config={}, state=RecordDict(), run_config={}
         )
         return self._app(message, context)
+
+
+def _digest_of(file: Path) -> str:
+    """sha256 of the content; "" if it cannot be read, which reading the records then says."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def site_with(

@@ -38,7 +38,7 @@ from client.anchor import Anchor
 from client.entries import Admitted, Anchored, Entry, LedgerOpened, PatientsJoined, Restored
 from client.entry_file import Connect, EntryFile, read_entries
 from client.ledger import DEFAULT_COHORT, StoredLedger
-from common.errors import BudgetError, LedgerError
+from common.errors import BudgetError, LedgerError, StaleLedgerError
 from common.privacy.plan import Plan
 
 DIGEST_BYTES = 32
@@ -53,6 +53,7 @@ class SqliteLedger(StoredLedger):
         delta: delta of the cap, for life.
         cohort: whose budget `admit` charges. A second one in the same ledger is opened with `open_cohort`.
         anchor: file on another disk or medium, see `client/anchor.py`.
+        create: see `EntryFile`.
         connect: opens SQLite; tests give one that fails or stops on purpose.
 
     Raises:
@@ -69,12 +70,13 @@ class SqliteLedger(StoredLedger):
         cohort: str = DEFAULT_COHORT,
         anchor: Path | None = None,
         *,
+        create: bool = True,
         connect: Connect = sqlite3.connect,
     ) -> None:
         self.cap, self.delta, self.cohort, self.anchor = cap, delta, cohort, anchor
         self._patients_shown = False
         self._anchored_head = ""
-        self._file = EntryFile(path, connect)
+        self._file = EntryFile(path, connect, create=create)
         try:
             self.accounts = replayed(path, self._file.contents.entries, self._file.contents.attached)
             self._open_anchor()
@@ -187,7 +189,7 @@ class SqliteLedger(StoredLedger):
 
     def _store(self, entry: Entry, attachment: bytes | None, forget: list[int]) -> None:
         if self.accounts.count != len(self._file.contents.entries):  # stopped between storing and applying
-            raise LedgerError(f"{self._file.path}: the last call was interrupted; start the client again")
+            raise StaleLedgerError(f"{self._file.path}: the last call was interrupted; start the client again")
         self._file.append(entry, attachment, forget)
 
     def _attachment(self, position: int) -> bytes:

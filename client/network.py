@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import socket
 import ssl
 from collections.abc import Iterable, Iterator
@@ -40,6 +41,7 @@ OBJECT_PATH = "/v1/fleet/pull-object"
 TIMEOUT = 30.0  # seconds without any progress
 MAX_CA_BYTES = 200_000
 
+_VERSION, _DIGEST = re.compile(r"[0-9A-Za-z.+-]{1,40}"), re.compile(r"[0-9a-f]{64}")
 _EXPIRED, _NOT_YET = 10, 9  # X509_V_ERR_CERT_HAS_EXPIRED, X509_V_ERR_CERT_NOT_YET_VALID
 _OTHER_NAME = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
 
@@ -79,9 +81,9 @@ class Health:
     certificate: bytes | None
 
 
-def http_client(server: ServerTerms, timeout: float = TIMEOUT) -> httpx.Client:
-    """A client for this server alone. Raises ConfigurationError if the authority's file cannot be used."""
-    context = None if server.plaintext else tls_context(server)
+def http_client(server: ServerTerms, timeout: float = TIMEOUT, trust: ssl.SSLContext | None = None) -> httpx.Client:
+    """A client for this server alone, which trusts `trust` or else the authority's file. Raises ConfigurationError."""
+    context = None if server.plaintext else trust or tls_context(server)
     proxy = None if server.proxy is None else httpx.Proxy(server.proxy)
     inner = httpx.HTTPTransport(verify=context or _no_tls(), trust_env=False, proxy=proxy)
     return httpx.Client(
@@ -99,18 +101,34 @@ def base_url(server: ServerTerms) -> str:
 
 def tls_context(server: ServerTerms) -> ssl.SSLContext:
     """TLS that trusts the authority of the site file and nothing else."""
-    context = _no_tls()
-    pem = "".join(found.public_bytes(Encoding.PEM).decode("ascii") for found in _authority(server))
-    context.load_verify_locations(cadata=pem)
-    return context
+    return _trusting(_authority(server))
+
+
+def trusted(server: ServerTerms) -> tuple[str, ssl.SSLContext | None]:
+    """sha256 over the authority's certificates and TLS that trusts them, from one reading; "" and None for plaintext.
+
+    Whoever exchanges the file afterwards changes nothing.
+    """
+    if server.plaintext:
+        return "", None
+    found = _authority(server)
+    return _digest(found), _trusting(found)
 
 
 def authority_digest(server: ServerTerms) -> str:
     """sha256 over the authority's certificates; "" for plaintext."""
-    if server.plaintext:
-        return ""
-    found = sorted(one.public_bytes(Encoding.DER) for one in _authority(server))
+    return "" if server.plaintext else _digest(_authority(server))
+
+
+def _digest(authority: list[x509.Certificate]) -> str:
+    found = sorted(one.public_bytes(Encoding.DER) for one in authority)
     return hashlib.sha256(b"".join(found)).hexdigest()
+
+
+def _trusting(authority: list[x509.Certificate]) -> ssl.SSLContext:
+    context = _no_tls()
+    context.load_verify_locations(cadata="".join(one.public_bytes(Encoding.PEM).decode("ascii") for one in authority))
+    return context
 
 
 def authority_spoken(server: ServerTerms) -> str:
@@ -126,10 +144,10 @@ def health_in(response: httpx.Response, server: ServerTerms) -> Health:
     try:
         found = response.json() if response.status_code == httpx.codes.OK else {}
         health = Health(
-            version=str(found["wardround"])[:40],
+            version=_word(found["wardround"], _VERSION),
             wire=int(found["wire"]),
-            study=str(found["study"])[:64],
-            code=str(found["code"])[:64],
+            study=_word(found["study"], _DIGEST),
+            code=_word(found["code"], _DIGEST),
             time=float(found["time"]),
             certificate=_certificate(response),
         )
@@ -138,6 +156,13 @@ def health_in(response: httpx.Response, server: ServerTerms) -> Health:
     if not math.isfinite(health.time):
         raise stranger
     return health
+
+
+def _word(found: object, pattern: re.Pattern[str]) -> str:
+    """A server's word that people will read: of the form agreed, so that it cannot steer their terminal."""
+    if not isinstance(found, str) or not pattern.fullmatch(found):
+        raise ValueError
+    return found
 
 
 def _certificate(response: httpx.Response) -> bytes | None:

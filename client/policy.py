@@ -62,33 +62,30 @@ class Policy(Terms):
             PolicyError: one line per limit that is exceeded, with what is asked and the limit.
             PlanError: the study has no possible plan.
         """
-        privacy, plan = study.privacy, study.plan()
+        privacy, training = study.privacy, study.training
         asked = "no noise at all" if privacy.epsilon is None else f"epsilon {privacy.epsilon}"
+        spare = privacy.spare_rounds * training.local_steps
+        steps = training.rounds * training.local_steps + spare
         features = study.features.digest()
-        limits = (
+        self._refuse(
+            study,
             (
                 privacy.epsilon is not None and privacy.epsilon <= self.max_epsilon,
                 asked,
                 "max_epsilon",
                 self.max_epsilon,
             ),
-            (plan.delta <= self.delta, f"delta {plan.delta}", "delta", self.delta),
+            (privacy.delta <= self.delta, f"delta {privacy.delta}", "delta", self.delta),
+            (self.max_clip is None or privacy.clip <= self.max_clip, f"clip {privacy.clip}", "max_clip", self.max_clip),
             (
-                plan.noise_multiplier >= self.min_noise_multiplier,
-                f"noise multiplier {plan.noise_multiplier}",
-                "min_noise_multiplier",
-                self.min_noise_multiplier,
-            ),
-            (self.max_clip is None or plan.clip <= self.max_clip, f"clip {plan.clip}", "max_clip", self.max_clip),
-            (
-                plan.sampling_rate <= self.max_sampling_rate,
-                f"sampling rate {plan.sampling_rate}",
+                privacy.sampling_rate <= self.max_sampling_rate,
+                f"sampling rate {privacy.sampling_rate}",
                 "max_sampling_rate",
                 self.max_sampling_rate,
             ),
             (
-                self.max_steps is None or plan.priced_steps <= self.max_steps,
-                f"{plan.priced_steps} private steps, {plan.spare_steps} of them spare",
+                self.max_steps is None or steps <= self.max_steps,
+                f"{steps} private steps, {spare} of them spare",
                 "max_steps",
                 self.max_steps,
             ),
@@ -96,6 +93,19 @@ class Policy(Terms):
             (_in(study.model.cell, self.cells), f"cell `{study.model.cell}`", "cells", _list(self.cells)),
             (_in(features, self.features), f"feature schema {features}", "features", _list(self.features)),
         )
+        noise = study.plan().noise_multiplier  # last: to find it for a million steps takes minutes
+        self._refuse(
+            study,
+            (
+                noise >= self.min_noise_multiplier,
+                f"noise multiplier {noise}",
+                "min_noise_multiplier",
+                self.min_noise_multiplier,
+            ),
+        )
+
+    def _refuse(self, study: Study, *limits: tuple[bool, str, str, object]) -> None:
+        """Raises PolicyError for the limits that do not hold: (holds, what is asked, the limit's name, the limit)."""
         exceeded = [(term, name, limit) for holds, term, name, limit in limits if not holds]
         if exceeded:
             raise PolicyError(

@@ -31,7 +31,7 @@ from client.enrolment import Enrolment, enrolled
 from client.fleet import Fleet, Incoming
 from client.heartbeat import Heartbeat
 from client.logs import logging_to
-from client.network import Limit, NetworkError
+from client.network import Limit, NetworkError, trusted
 from client.site_file import SiteFile, load_site_file
 from client.state import KEY, LOG, NODE, StateFolder
 from client.stopping import Stop, stoppable
@@ -221,13 +221,14 @@ def serve(
         trainer, grace = Trainer(site_file, randomness), GRACE
         try:
             try:
-                enrolment, key = enrolled(state, site), load_private(state / KEY)
+                authority, trust = trusted(site.server)  # once: no connection reads the file again
+                enrolment, key = enrolled(state, site, authority), load_private(state / KEY)
                 Service(
                     site,
                     state,
                     enrolment,
                     trainer,
-                    lambda: Fleet(site.server, key),
+                    lambda: Fleet(site.server, key, trust=trust),
                     exit_when_finished=exit_when_finished,
                 ).run()
             except Stop as stop:

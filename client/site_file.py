@@ -51,6 +51,8 @@ class ServerTerms(Terms):
     def _guarded(self) -> Self:
         if self.plaintext and self.ca is not None:
             raise ValueError("server.plaintext and server.ca exclude each other; remove plaintext")
+        if self.plaintext and self.proxy is not None:
+            raise ValueError("server.plaintext and server.proxy exclude each other: a proxy would read all; remove one")
         if self.plaintext and not self.on_this_machine:
             raise ValueError("server.plaintext is for this machine alone (127.0.0.1, ::1, localhost); remove it")
         if not self.plaintext and self.ca is None:

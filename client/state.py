@@ -8,7 +8,7 @@
     STATE/node.json        the number under which the server knows this site
     STATE/client.log       what happened, without anything of a patient
     STATE/lock             held while a process uses the folder
-    STATE/flower/          what Flower would write to the home folder
+    STATE/flower/, torch/  what Flower and torch would write to home and temporary folders
 
 Folder 0700, files 0600. Symbolic links and other owners' files are refused: whoever can exchange the ledger decides
 what a patient is charged. Modes and owners are POSIX ideas; elsewhere only links are refused.
@@ -33,6 +33,7 @@ from common.errors import ConfigurationError
 from common.keys import write_private
 
 STATE_VERSION = 1
+SPLIT_KEY_BYTES = 32
 MAX_JSON_BYTES = 100_000
 KEY, PUBLIC, SPLIT_KEY, LEDGER, LOG = "key", "key.pub", "split.key", "ledger.db", "client.log"
 ENROLMENT, NODE = "enrolment.json", "node.json"
@@ -74,16 +75,24 @@ class StateFolder:
         return self.path / name
 
     def flower_home(self) -> None:
-        """Send what Flower writes into this folder. Call before the first import of flwr."""
-        (self.path / "flower").mkdir(mode=0o700, exist_ok=True)
-        os.environ["FLWR_HOME"] = str(self.path / "flower")
+        """Send what Flower and torch write into this folder. Call before the first import of either.
+
+        torch makes a folder for its compiler with the first optimizer, compiled or not. In a shared folder such as
+        /tmp anybody could be there first, and every round would fail after its attempt was marked.
+        """
+        for name, variable in (("flower", "FLWR_HOME"), ("torch", "TORCHINDUCTOR_CACHE_DIR")):
+            (self.path / name).mkdir(mode=0o700, exist_ok=True)
+            os.environ[variable] = str(self.path / name)
 
     def split_key(self) -> bytes:
         """32 secret bytes, the same each time; made on first use."""
         path = self.path / SPLIT_KEY
         if not path.exists():
-            write_private(path, secrets.token_bytes(32))
-        return path.read_bytes()
+            replace_durably(path, secrets.token_bytes(SPLIT_KEY_BYTES))
+        key = path.read_bytes()
+        if len(key) != SPLIT_KEY_BYTES:
+            raise ConfigurationError(f"{path}: holds {len(key)} bytes, not {SPLIT_KEY_BYTES}; restore it from a copy")
+        return key
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The content of a JSON file, or None if there is none. Raises ConfigurationError if it is no JSON object."""

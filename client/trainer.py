@@ -62,6 +62,13 @@ class _Failed:
 
 
 @dataclass(frozen=True)
+class _Last:
+    """The child's last answer: it has ended, and the next message needs a new one."""
+
+    answer: Any
+
+
+@dataclass(frozen=True)
 class _Line:
     level: int
     text: str
@@ -122,6 +129,9 @@ class Trainer:
         except OSError:
             answer = None
         self._training = False
+        if isinstance(answer, _Last):
+            answer = answer.answer
+            self.stop()
         if answer is None:
             log.error("the training process ended %s; the next message starts a new one", self._cause())
             self.stop()
@@ -196,10 +206,25 @@ def _work(pipe: Connection, site_file: Path, randomness: RandomnessOf | None) ->
         pipe.send(hospital.ready)
         while True:
             message, node = pipe.recv()
+            if hospital.outdated:  # who opted out today is left out of today's round
+                logger.info("the file of opt-outs has changed; the records are read again")
+                hospital.close()
+                try:
+                    hospital = Hospital.open(site_file, randomness)
+                except WardroundError as error:
+                    pipe.send(_Last(_Failed(str(error))))
+                    return
+                except Exception as error:
+                    pipe.send(_Last(_Failed(f"the site could not be opened: {_place(error)}")))
+                    return
             try:
                 answer: Any = hospital.answer(message, node)
             except Exception as error:
                 answer = _Failed(f"a message could not be answered: {_place(error)}")
+            if hospital.stale:
+                hospital.close()
+                pipe.send(_Last(answer))
+                return
             pipe.send(answer)
 
 

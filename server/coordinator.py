@@ -52,12 +52,6 @@ def serve(folder: ServerFolder, *, resume: bool, plaintext: bool = False, tell: 
         StoppedError: SIGTERM or SIGINT; everything that counts is on disk.
         ConfigurationError: the folder, its certificate or its port cannot be used.
     """
-    start = load(folder.checkpoint, folder.terms.study)
-    if start.round_number and not resume:
-        raise ConfigurationError(
-            f"{folder.checkpoint}: round {start.round_number} is done; add --resume to go on from there (sites do not "
-            "train a round twice; a study from the beginning needs a new folder and another study name)"
-        )
     tls = None if plaintext else _checked_tls(folder, tell)
     if plaintext and folder.terms.host not in LOOPBACK:
         raise ConfigurationError(
@@ -65,6 +59,12 @@ def serve(folder: ServerFolder, *, resume: bool, plaintext: bool = False, tell: 
             "server.yaml, or leave the flag out"
         )
     with held(folder.state / "lock", str(folder.path)):
+        start = load(folder.checkpoint, folder.terms.study)  # nobody else writes a newer one meanwhile
+        if start.round_number and not resume:
+            raise ConfigurationError(
+                f"{folder.checkpoint}: round {start.round_number} is done; add --resume to go on from there (sites do "
+                "not train a round twice; a study from the beginning needs a new folder and another study name)"
+            )
         _Run(folder, start, tls, tell).serve()
 
 
@@ -185,13 +185,18 @@ class _Run:
 
     def _read_roster(self) -> None:
         """Let in who is on the roster now; a roster that cannot be read leaves the one before."""
-        status = (self._folder.path / "roster.yaml").stat()
-        changed = (status.st_mtime_ns, status.st_size)
-        if changed == self._roster_read:
-            return
-        first, self._roster_read = self._roster_read is None, changed
+        first = self._roster_read is None
         try:
+            status = (self._folder.path / "roster.yaml").stat()
+            changed = (status.st_mtime_ns, status.st_size)
+            if changed == self._roster_read:
+                return
+            self._roster_read = changed
             roster = self._folder.roster()
+        except OSError as error:  # an editor that saves takes the file away for a moment; looked at again in a second
+            if first:
+                raise ConfigurationError(f"roster.yaml: cannot be read ({error.strerror}); put it back") from None
+            return
         except ConfigurationError as error:
             if first:
                 raise

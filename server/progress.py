@@ -8,6 +8,7 @@ connected. Both hold public facts only. Reading them needs no port, so it works 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -15,12 +16,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from common.errors import WardroundError
 from server.files import append_line, write_atomically
 
 if TYPE_CHECKING:
     from common.study import Study
     from server.grid import Presence
     from server.rounds import RoundRecord
+
+log = logging.getLogger("wardround.server")
 
 STALE = 20.0  # seconds after which a server that writes every `EVERY` is taken for gone
 EVERY = 5.0
@@ -101,7 +105,10 @@ class Now:
             "note": self.note,
             "sites": sites,
         }
-        write_atomically(self.path, json.dumps(content).encode(), durable=False)
+        try:
+            write_atomically(self.path, json.dumps(content).encode(), durable=False)
+        except WardroundError as error:  # it is for people who look; the study goes on without
+            log.warning("%s", error)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ An allow-list in front of Flower instead of Flower's own application behind a fi
 hand out code or show documentation are not refused here, they do not exist in this process. Written on bare ASGI,
 because each of Flower's eight middlewares costs more than a whole answer here, and a round asks a hundred times.
 
+Refusals are written to the log, with method, path and sender (`Refusals`); an operator sees who knocks.
+
 A site that asks for messages and has none is held for `HOLD` seconds, so that a round reaches it at once and an idle
 site costs one request a second. Nothing of a body is read before its sender's key is known to be on the roster.
 """
@@ -13,8 +15,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -32,6 +36,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 HOLD = 1.0  # seconds; a corporate proxy closes a silent connection after 30 or more
+REFUSALS_LINES, REFUSALS_SECONDS = 60, 60.0
 LARGEST_BODY = 8 * 1024 * 1024  # Flower cuts arrays into objects of 5 MiB
 
 
@@ -97,6 +102,7 @@ class PublicPort:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: dict[int, set[asyncio.Event]] = {}
         self._closed = False
+        self._refusals = Refusals()
 
     def open(self, host: str, port: int, tls: Tls | None) -> int:
         """Serve in a thread and return the port's number. Raises ConfigurationError: it is not free."""
@@ -139,6 +145,8 @@ class PublicPort:
             answer = _error(500, "internal error")
         if answer is None:  # whoever asked has gone
             return
+        if answer.status >= 400:
+            self._refusals.note(scope, answer.status)
         headers = [(b"content-type", answer.media.encode()), (b"content-length", str(len(answer.body)).encode())]
         if answer.status in (401, 413):
             headers.append((b"connection", b"close"))  # the rest of the body is not read
@@ -198,6 +206,33 @@ class PublicPort:
     def _wake(self, node: int) -> None:
         for news in self._waiting.get(node, ()):
             news.set()
+
+
+class Refusals:
+    """Writes refused requests to the log, so many lines a minute: whoever knocks a million times fills no disk.
+
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._until, self._lines, self._untold = -math.inf, 0, 0
+
+    def note(self, scope: Scope, status: int) -> None:
+        """One more. Method and path are the sender's own choice: quoted, they cannot pass for a line of the log."""
+        now = self._clock()
+        if now >= self._until:
+            if self._untold:
+                log.info("refused: %d more requests before the next line", self._untold)
+            self._until, self._lines, self._untold = now + REFUSALS_SECONDS, 0, 0
+        self._lines += 1
+        if self._lines > REFUSALS_LINES:
+            self._untold += 1
+            return
+        method, path = (ascii(str(scope[key])[:100]) for key in ("method", "path"))
+        sender = (scope.get("client") or ("unknown",))[0]
+        log.info("refused: %s %s from %s, status %d", method, path, sender, status)
 
 
 def _error(status: int, detail: str) -> Answer:

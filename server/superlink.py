@@ -311,7 +311,7 @@ class SuperLink:
 
     def knows(self, headers: list[tuple[bytes, bytes]]) -> bool:
         """Whether the request names a key on the roster; it has yet to prove that it holds it."""
-        return any(name == KEY_HEADER and value in self._headers for name, value in headers)
+        return next((value for name, value in headers if name == KEY_HEADER), b"") in self._headers
 
     def has_mail(self, node: int) -> bool:
         """Whether a message may wait for the node."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from client.commands.opening import SiteArgument, opened
+from client.commands.opening import ONE_FOLDER, SiteArgument, opened
 
 if TYPE_CHECKING:
     from client.enrolment import Enrolment
@@ -18,7 +18,7 @@ def command(
 ) -> None:
     """Check everything that taking part needs, show the study's terms, and pin them after a yes."""
     site, state = opened(site_file)
-    from client.checks import check
+    from client.checks import check, make_ledger
     from client.wording import terms_in_words
 
     def say(name: str, detail: str) -> None:
@@ -31,8 +31,10 @@ def command(
         if not yes and not typer.confirm(f"Take part as {site.site} on these terms?"):
             typer.echo("Nothing was changed.")
             raise typer.Exit(1)
+        make_ledger(site, state)  # before the yes: whoever enrolled has a ledger, and one that is gone is missed
         found.enrolment.write(state)
     typer.echo(f"Enrolled. `wardround client run {site_file}` takes part; `wardround client leave` ends it.")
+    typer.echo(ONE_FOLDER.format(state=state.path))
 
 
 def _compare(before: Enrolment | None, now: Enrolment) -> None:
@@ -44,6 +46,9 @@ def _compare(before: Enrolment | None, now: Enrolment) -> None:
         "site": "this site's name",
         "declared_patients": "the size that is published",
         "policy": "this site's policy",
+        "records": "the directory of records",
+        "splits": "the splits that train",
+        "exclude": "the file of opt-outs",
         "authority": "the server's certificate authority",
     }
     changed = [what for field, what in names.items() if getattr(before, field) != getattr(now, field)]

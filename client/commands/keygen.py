@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from client.commands.opening import SiteArgument, opened
+from client.commands.opening import ONE_FOLDER, SiteArgument, opened
 
 
 def command(site_file: SiteArgument) -> None:
@@ -31,3 +31,4 @@ def command(site_file: SiteArgument) -> None:
         f"Send the line above (it is also in {state / PUBLIC}) to the study's coordinator, who admits it as site "
         f"`{site.site}`,\nand compare the fingerprint by telephone. The private key stays in {state / KEY}."
     )
+    typer.echo(ONE_FOLDER.format(state=state.path))

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from client.site_file import SiteFile
     from client.state import StateFolder
 
+ONE_FOLDER = (
+    "One state folder per cohort: a second one for the same patients would hold a second ledger and hence a second "
+    "budget, so keep {state} and back it up."
+)
 SiteArgument = Annotated[Path, typer.Argument(metavar="SITE.yaml", help="This hospital's own site file.")]
 
 

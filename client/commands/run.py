@@ -14,7 +14,11 @@ def command(
     site_file: SiteArgument,
     dry_run: Annotated[
         Path | None,
-        typer.Option("--dry-run", metavar="DIR", help="Train one round offline and write what would be sent to DIR."),
+        typer.Option(
+            "--dry-run",
+            metavar="DIR",
+            help="Make one round's reply offline, without a patient in it, and write it to DIR.",
+        ),
     ] = None,
     log_level: Annotated[
         str | None, typer.Option("--log-level", help="debug, info, warning or error; instead of the site file's.")
@@ -51,7 +55,4 @@ def _run(site_file: Path, folder: Path | None, log_level: str | None, exit_when_
         f"{written.reply.status}: {written.nbytes:,} bytes would have been sent; {folder / 'reply.json'} lists them."
     )
     typer.echo("Nothing was sent and nothing was charged.")
-    typer.echo(
-        f"Guard {folder} like the records themselves, and delete it after reading: it holds a release that no budget "
-        "was paid for."
-    )
+    typer.echo("No patient was drawn: fields and sizes are those of a real round, the update is noise alone.")

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.app import Message
@@ -19,6 +20,7 @@ from client.commands import app
 from client.dry_run import dry_run
 from client.site_file import load_site_file
 from client.state import LEDGER, StateFolder
+from common.batching import Dataset
 from common.errors import ConfigurationError
 from common.models.network import build_network
 from common.records import Status, reply_from_message
@@ -73,7 +75,7 @@ def test_it_writes_what_would_be_sent_and_nothing_else(site_file: Path, tmp_path
     assert {path.name for path in out.iterdir()} == {"reply.json", *(one["file"] for one in listed["requests"])}
     assert all(one["bytes"] == (out / one["file"]).stat().st_size for one in listed["requests"])
     assert f"{sum(one['bytes'] for one in listed['requests']):,} bytes" in result.output
-    assert "Guard" in result.output
+    assert "No patient was drawn" in result.output
 
 
 def test_it_is_private_charges_nothing_and_repeats_no_noise(site_file: Path, tmp_path: Path) -> None:
@@ -87,6 +89,21 @@ def test_it_is_private_charges_nothing_and_repeats_no_noise(site_file: Path, tmp
     assert (tmp_path / "one").stat().st_mode & 0o077 == 0
     assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "one").iterdir())
     assert not (state / LEDGER).exists()
+
+
+def test_no_patient_is_in_it(site_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step's sample is empty, so the update is noise alone and the folder is harmless."""
+    drawn: list[int] = []
+    usual = Dataset.micro_batches
+
+    def micro_batches(self: Dataset, patients: Any, max_rows: int) -> Any:
+        drawn.append(len(patients))
+        return usual(self, patients, max_rows)
+
+    monkeypatch.setattr(Dataset, "micro_batches", micro_batches)
+    site = load_site_file(site_file)
+    assert dry_run(site, with_state(site.state), tmp_path / "out").reply.update is not None
+    assert drawn == [0]
 
 
 def test_it_does_not_overwrite(site_file: Path, tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 from client.checks import CLOCK_SECONDS
 from client.commands import app
 from client.enrolment import Enrolment, enrolled
+from client.hospital import Hospital
 from client.ledger_file import SqliteLedger
 from client.site_file import SiteFile, load_site_file, study_of
 from client.state import ENROLMENT, KEY, LEDGER, NODE, PUBLIC, StateFolder
 from client.wording import best_guess, terms_in_words
-from common.errors import ConfigurationError, WardroundError
+from common.errors import ConfigurationError, LedgerError, WardroundError
 from common.keys import fingerprint, load_private, load_public
 from common.privacy.accounting import epsilon_of
 from common.privacy.plan import Plan
@@ -227,6 +228,18 @@ def changed_authority(place: Place) -> None:
     Authority(place.folder / "ca")
 
 
+def changed_records(place: Place) -> None:
+    place.rewrite(records="elsewhere")
+
+
+def changed_splits(place: Place) -> None:
+    place.rewrite(splits=["train", "tuning"])
+
+
+def new_optouts(place: Place) -> None:
+    place.rewrite(exclude="optouts.csv")
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -234,6 +247,9 @@ def changed_authority(place: Place) -> None:
         (changed_declaration, "declares 90 patients for north, agreed were 80"),
         (changed_policy, "the policy has changed since"),
         (changed_authority, "another certificate authority than the one enrolled with"),
+        (changed_records, r"`records` is .*elsewhere, on .* it was .*; run `wardround client enrol`"),
+        (changed_splits, "`splits` is .*tuning.*; run `wardround client enrol`"),
+        (new_optouts, r"`exclude` is .*optouts\.csv, on .* it was None; run `wardround client enrol`"),
     ],
 )
 def test_what_changes_after_the_yes_is_refused(place: Place, change: Callable[[Place], None], expected: str) -> None:
@@ -257,9 +273,53 @@ def test_what_may_change_does(place: Place) -> None:
 def test_a_second_enrolment_says_what_is_different(place: Place) -> None:
     """Whoever is asked again sees what has changed since the last yes."""
     place.enrol()
-    place.rewrite(policy={"max_epsilon": 5.0, "delta": 1e-5})
+    place.rewrite(policy={"max_epsilon": 3.0, "delta": 1e-5, "min_patients": 20})
     assert "Different since then: this site's policy." in place.enrol()
     assert "Different since then: nothing." in place.enrol()
+
+
+def gone(ledger: Path) -> None:
+    ledger.unlink()
+
+
+def emptied(ledger: Path) -> None:
+    gone(ledger)
+    ledger.touch(mode=0o600)
+
+
+@pytest.mark.parametrize("lose", [gone, emptied])
+def test_a_ledger_that_is_gone_is_missed(place: Place, lose: Callable[[Path], None]) -> None:
+    """Enrolling makes the ledger; without it, or with an empty file, the site does not open until it is accepted."""
+    place.enrol()
+    Hospital.open(place.path).close()
+    lose(place.state / LEDGER)
+    with pytest.raises(LedgerError, match=r"ledger is gone or empty; restore the newest backup, .*--accept-re"):
+        Hospital.open(place.path)
+    command("budget", str(place.path), "--accept-restore", "--yes")
+    Hospital.open(place.path).close()
+
+
+def test_a_new_optout_makes_the_site_outdated(place: Place) -> None:
+    """A site opened before a line was added to the file of opt-outs says so, and one opened after it does not."""
+    place.rewrite(exclude="optouts.csv")
+    (place.folder / "optouts.csv").write_text("subject_id\n")
+    place.enrol()
+    site = Hospital.open(place.path)
+    changed = [site.outdated]
+    (place.folder / "optouts.csv").write_text("subject_id\n1\n")
+    changed.append(site.outdated)
+    assert changed == [False, True]
+    site.close()
+    later = Hospital.open(place.path)
+    assert not later.outdated
+    later.close()
+
+
+def test_one_state_folder_is_one_budget(place: Place) -> None:
+    """Making a key and enrolling both say that a second state folder would be a second budget."""
+    assert "second budget" in place.enrol()
+    place.rewrite(state="fresh")
+    assert "second budget" in command("keygen", str(place.path))
 
 
 def test_a_spoilt_enrolment_is_one_line(place: Place) -> None:

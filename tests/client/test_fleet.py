@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_object_id
 
-from client.fleet import ActivationError, Fleet, Incoming, bodies, rehearsal
+from client.fleet import ActivationError, Fleet, Incoming, _RefusedError, bodies, rehearsal
 from client.network import OBJECT_BYTES, Limit, NetworkError
 from common.keys import generate
 from common.provenance import code_digest
@@ -344,3 +345,22 @@ def test_a_dry_runs_bodies_are_what_would_be_sent(coordinator: Coordinator, flee
 def test_a_rehearsal_is_a_request(coordinator: Coordinator) -> None:
     """What a dry run asks is decoded like what a server asks."""
     assert request_from_message(rehearsal(request_to_content(REQUEST), 2)).header == REQUEST.header
+
+
+@pytest.mark.parametrize("charset", ["hex", "base64", "rot13", "undefined", "idna", "no-such"])
+def test_the_charset_of_an_error_is_not_believed(charset: str) -> None:
+    """Some of Python's codecs are none of text; an error that names one is an error like any other."""
+    response = httpx.Response(500, headers={"content-type": f"text/plain; charset={charset}"}, content=b"\xff[" * 9)
+    assert "HTTP status 500" in str(_RefusedError("localhost:1", response))
+
+
+@pytest.mark.parametrize("error", [AssertionError, TypeError, UnicodeError, LookupError])
+def test_whatever_fails_while_asking_is_a_network_error(fleet: Fleet, error: type[Exception]) -> None:
+    """An exception that nobody foresaw ends the connection, not the client; its text is not repeated."""
+
+    def ask() -> None:
+        raise error("what the server said")
+
+    with pytest.raises(NetworkError, match=error.__name__) as caught:
+        fleet._ask(ask)
+    assert "what the server said" not in str(caught.value)

@@ -44,6 +44,18 @@ def test_everything_is_there_after_reopening(path: Path) -> None:
         assert ledger.steps_taken(STUDY) == 3
 
 
+def test_the_file_alone_is_the_whole_ledger(path: Path, tmp_path: Path) -> None:
+    """After each call a copy of `ledger.db` without SQLite's other files holds everything that was answered."""
+    alone = tmp_path / "copy.db"
+    with opened(path) as ledger:
+        ledger.admit(STUDY, SMALL)
+        for number in (1, 2):
+            one_round(ledger, number, b"update")
+            alone.write_bytes(path.read_bytes())
+            alone.chmod(0o600)
+            assert read_accounts(alone)[1] == ledger.head()
+
+
 def test_a_killed_attempt_is_paid_from_the_spare_steps_until_they_are_gone(path: Path) -> None:
     """Each opening without a release costs a step; steps and spares gone, nothing more is granted."""
     numbers = []

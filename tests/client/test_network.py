@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from client.fleet import Fleet
-from client.network import Limit, NetworkError, authority_digest, http_client
+from client.network import Limit, NetworkError, authority_digest, http_client, trusted
 from client.site_file import ServerTerms
 from common.errors import ConfigurationError
 from common.keys import generate
@@ -219,3 +219,13 @@ def test_a_file_without_an_authority_is_one_line(content: bytes | None, authorit
         authority.file.write_bytes(content)
     with pytest.raises(ConfigurationError, match=r"holds no certificate authority .* put there the ca\.crt"):
         Fleet(terms(1, authority), generate())
+
+
+def test_an_authority_that_was_read_is_not_read_again(tmp_path: Path) -> None:
+    """Digest and trust come from one reading: a file exchanged later changes neither, and no connection opens it."""
+    authority = Authority(tmp_path / "ca")
+    server = terms(1, authority)
+    digest, trust = trusted(server)
+    assert digest == authority_digest(server)
+    Path(server.ca or "").unlink()
+    Fleet(server, generate(), trust=trust).close()

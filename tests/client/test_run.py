@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from client.checks import check
+from client.checks import check, make_ledger
 from client.state import LOG
 from common.models.network import build_network
 from common.provenance import code_digest
@@ -105,6 +105,7 @@ def story(cohort: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         server.admit(key.public_key())
         with state.lock():
             check(site, state, lambda _name, _detail: None).enrolment.write(state)
+            make_ledger(site, state)
 
         def start() -> subprocess.Popen[str]:
             server.online.clear()

@@ -137,6 +137,9 @@ def run(
         site="north",
         declared_patients=80,
         policy="c" * 64,
+        records="records",
+        splits=("train",),
+        exclude=None,
         authority="",
         certificate="",
         time="now",
@@ -396,3 +399,18 @@ def test_a_second_signal_says_that_it_is_one() -> None:
 def test_stop_is_no_failure() -> None:
     """No handler of failures swallows it."""
     assert not issubclass(Stop, Exception)
+
+
+def test_a_heartbeat_that_fails_oddly_goes_on() -> None:
+    """An exception that nobody foresaw surfaces as a NetworkError with its class, and the thread beats on."""
+    beats = threading.Semaphore(0)
+
+    def beat() -> None:
+        beats.release()
+        raise AssertionError("what the server said")
+
+    with Heartbeat(beat, 0.001, after_failure=0.001) as heartbeat:
+        for _ in range(3):
+            assert beats.acquire(timeout=30)
+        with pytest.raises(NetworkError, match="failed with AssertionError; connecting anew"):
+            heartbeat.check()

@@ -70,6 +70,12 @@ def test_a_proxy_is_an_http_url_and_its_password_is_not_shown(proxy: str) -> Non
     assert "PASSWORD" not in str(caught.value)
 
 
+def test_plaintext_goes_through_no_proxy() -> None:
+    """A proxy would carry plaintext to another machine: the two exclude each other."""
+    with pytest.raises(ConfigurationError, match=r"plaintext and server\.proxy exclude each other"):
+        parse({"address": "localhost:1", "plaintext": True, "proxy": "http://proxy:3128"}, ServerTerms, "site")
+
+
 @pytest.mark.parametrize("address", ["localhost:1", "127.0.0.1:80", "127.9.9.9:80", "[::1]:80"])
 def test_plaintext_stays_on_this_machine(address: str) -> None:
     """Every loopback address may do without TLS, when a person says so."""

@@ -114,6 +114,23 @@ def test_json_is_read_back_or_refused(folder: Path) -> None:
             state.read_json(NODE)
 
 
+def test_an_empty_split_key_is_never_left_and_never_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop before the key is on disk leaves none; one of another length is refused."""
+
+    def stop(_descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", stop)
+    with pytest.raises(KeyboardInterrupt):
+        StateFolder(folder).split_key()
+    monkeypatch.undo()
+    assert not (folder / "split.key").exists()
+    assert len(StateFolder(folder).split_key()) == 32
+    (folder / "split.key").write_bytes(b"")
+    with pytest.raises(ConfigurationError, match="holds 0 bytes, not 32; restore it"):
+        StateFolder(folder).split_key()
+
+
 def test_the_split_key_is_made_once(folder: Path) -> None:
     """The same 32 secret bytes every time: another key would train on other patients."""
     first = StateFolder(folder).split_key()

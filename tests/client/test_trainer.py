@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import threading
 from pathlib import Path
 
 import pytest
 
+from client import trainer
 from client.logs import LOG_BYTES, OLD_LOGS, logging_to
-from client.trainer import Trainer, TrainerError, _place
+from client.trainer import Ready, Trainer, TrainerError, _place
+from common.errors import DataError, WardroundError
 from tests.client.hospitals import with_key, write_site, write_study
 from tests.client.scripted import SECRET
 
@@ -52,3 +56,70 @@ def test_the_log_is_private_and_bounded(tmp_path: Path, monkeypatch: pytest.Monk
     assert "line 499" in (tmp_path / "client.log").read_text()
     assert not any("somebody" in path.read_text() or "not at" in path.read_text() for path in files)
     assert LOG_BYTES <= 10_000_000
+
+
+class _Reopened:
+    """A hospital whose opt-outs have changed once, or whose ledger is stale."""
+
+    def __init__(self, said: str, *, outdated: bool = False, stale: bool = False) -> None:
+        self.ready, self.said, self.outdated, self.stale = Ready("s", 1, ()), said, outdated, stale
+        self.closed = False
+
+    def answer(self, _message: object, _node: int) -> str:
+        """What this opening of the site says."""
+        return self.said
+
+    def close(self) -> None:
+        """Note it."""
+        self.closed = True
+
+
+def _worked(monkeypatch: pytest.MonkeyPatch, *openings: _Reopened | WardroundError) -> list[object]:
+    """What the child says to one message while its hospital opens as told."""
+    waiting = list(openings)
+
+    def opening(*_arguments: object) -> _Reopened:
+        found = waiting.pop(0)
+        if isinstance(found, WardroundError):
+            raise found
+        return found
+
+    for name in ("ignore", "_end_with_parent", "_silence"):
+        monkeypatch.setattr(trainer, name, lambda: None)
+    monkeypatch.setattr("client.hospital.Hospital.open", opening)
+    logger = logging.getLogger("wardround")
+    before = list(logger.handlers), logger.level, logger.propagate
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(("message", 1))
+    child = threading.Thread(target=trainer._work, args=(theirs, Path("site.yaml"), None))
+    child.start()
+    said: list[object] = []
+    while len(said) < 2:
+        word = ours.recv()
+        if not isinstance(word, trainer._Line):
+            said.append(word)
+    ours.close()
+    child.join(30)
+    logger.handlers[:], logger.level, logger.propagate = before
+    assert not child.is_alive()
+    return said
+
+
+def test_changed_optouts_are_read_before_the_next_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message that comes after the file of opt-outs has changed is answered by the site opened anew."""
+    before = _Reopened("old", outdated=True)
+    assert _worked(monkeypatch, before, _Reopened("new"))[1] == "new"
+    assert before.closed
+
+
+def test_optouts_that_cannot_be_read_train_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the site cannot be opened anew the child ends with that line, and answers nothing from the old records."""
+    said = _worked(monkeypatch, _Reopened("old", outdated=True), DataError("optouts.csv: no such file"))
+    assert said[1] == trainer._Last(trainer._Failed("optouts.csv: no such file"))
+
+
+def test_a_stale_ledger_ends_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a ledger error that only another process can mend the child answers and ends: no person is needed."""
+    stale = _Reopened("LOCAL_FAILURE", stale=True)
+    assert _worked(monkeypatch, stale)[1] == trainer._Last("LOCAL_FAILURE")
+    assert stale.closed

@@ -148,3 +148,8 @@ def test_status_is_for_people_or_for_programs(folder: ServerFolder) -> None:
     """--watch and --json exclude each other."""
     done = CliRunner().invoke(app, ["status", str(folder.path), "--watch", "--json"])
     assert "--watch is for people, --json for programs" in str(done.exception)
+
+
+def test_a_moment_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    """`now.json` is for people who look: a full disk there ends no study."""
+    Now(tmp_path / "nowhere" / "now.json").show("round", 1)

@@ -25,15 +25,17 @@ from flwr.supercore.control.control_http_client import ControlHttpClient
 from typer.testing import CliRunner
 
 from client.site import Site
+from common.errors import ConfigurationError
 from common.keys import generate, public_line
 from common.models.network import build_network
 from common.records import Reply, Request, Status
 from common.study import Study
 from common.training import state_of
 from common.weights import Weights, from_bytes
-from server import progress
+from server import coordinator, progress
 from server.checkpoint import load
 from server.commands import app
+from server.files import held
 from server.folder import ServerFolder
 from server.rounds import run
 from server.strategy import FederatedAveraging
@@ -158,6 +160,7 @@ def test_a_stopped_server_says_so_and_resumes(tmp_path: Path, expected: Weights)
             wait_until(lambda: online(folder) == {"north"})
         assert server.end() == 0
         assert "stopped; go on with" in server.output.read_text()
+        assert "[Fleet." not in server.output.read_text()
     assert status(folder)["phase"] == "not running"
     for _ in range(2):
         with server_of(folder, "--resume") as server, cohort.taking_part(server):
@@ -368,6 +371,34 @@ def test_a_third_party_with_the_authoritys_certificate_can_start_nothing(tmp_pat
         assert Server.health(server) is None
         with pytest.raises(httpx.HTTPError):
             httpx.get(f"http://{server.address}/health", trust_env=False)
+
+
+def test_a_roster_that_is_away_for_a_moment_stays_as_it_was(tmp_path: Path) -> None:
+    """An editor that saves takes roster.yaml away; the run goes on with the one before, but does not begin without."""
+    folder = make_folder(tmp_path / "study", STUDY, new_keys(STUDY))
+    one = coordinator._Run(folder, load(folder.checkpoint, STUDY.digest()), None, lambda _line: None)
+    one._roster_read = (1, 1)
+    (folder.path / "roster.yaml").unlink()
+    one._read_roster()
+    assert one._roster_read == (1, 1)
+    one._roster_read = None
+    with pytest.raises(ConfigurationError, match=r"roster\.yaml: cannot be read"):
+        one._read_roster()
+    one._link.executor.shutdown()
+
+
+def test_the_checkpoint_is_read_with_the_folder_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second server must not start from a checkpoint that the first one is about to replace."""
+    folder = make_folder(tmp_path / "study", STUDY, new_keys(STUDY), host="127.0.0.1")
+    read: list[str] = []
+
+    def note(*_arguments: object) -> None:
+        read.append("checkpoint")
+
+    monkeypatch.setattr(coordinator, "load", note)
+    with held(folder.state / "lock", "study"), pytest.raises(ConfigurationError, match="in use by another process"):
+        coordinator.serve(folder, resume=True, plaintext=True)
+    assert read == []
 
 
 def test_one_server_a_folder(tmp_path: Path) -> None:

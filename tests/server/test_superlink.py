@@ -30,7 +30,7 @@ from common.records import Header, Reply, Request, Status, reply_from_message, r
 from common.weights import Weights
 from server.grid import FleetGrid
 from server.public import LARGEST_BODY
-from server.superlink import REQUESTS, SuperLink
+from server.superlink import KEY_HEADER, REQUESTS, SuperLink
 from tests.server.hospitals import Connection, Hospital, wait_until
 
 WEIGHTS: Weights = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float32)}
@@ -574,3 +574,12 @@ def test_replies_can_be_anything_that_records_refuse(study: Study) -> None:
     reply = study.link.replies([name])[name]
     assert reply is not None
     assert list(reply.content) == ["x"]
+
+
+def test_the_first_key_that_a_request_names_counts(study: Study) -> None:
+    """A key on the roster as a second header lets nobody in: who is authenticated is the first."""
+    known = next(iter(study.link._headers))
+    name = KEY_HEADER
+    assert study.link.knows([(name, known), (name, b"other")])
+    assert not study.link.knows([(name, b"other"), (name, known)])
+    assert not study.link.knows([])
