@@ -2,20 +2,24 @@
 
     python -m tests.benchmarks.deployed_round [--client test|real] [--sites 3] [--parameters 50000] [--rounds 30]
 
-With `--client test` sites answer at once with a made-up update, so that a round's seconds are what the deployment
-adds to training. With `--client real` they are `wardround client run` on a tiny synthetic cohort, training included.
-Every site is a process of its own. Printed: seconds a round (the first left out), processor seconds a round, the
-server's memory after a third of the rounds and at the end, and the size of its database.
+With `--client test` sites answer at once with a made-up update, so that a round's seconds are what the server and its
+port add to training. With `--client real` they are real clients (tests/benchmarks/timed_client.py) on a tiny synthetic
+cohort, with their ledgers; the table says what deployment adds to training. The last site is started when the others
+wait for it, so that its start is alone on the machine. Every site is a process of its own. Printed, too: processor
+seconds a round, the server's memory after a third of the rounds and at the end, and the size of its database.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,7 @@ from common.study import Study, load_study
 from common.terms import parse
 from common.training import state_of
 from server.folder import ServerFolder
-from server.progress import read
+from server.progress import read, read_now
 from simulations.cohort import PRESETS, write_cohort
 from tests.server.hospitals import Hospital, wait_until
 from tests.server.processes import ROOT, Server, make_folder
@@ -104,11 +108,17 @@ def real_client(folder: ServerFolder, site: str, work: Path) -> list[str]:
     key = load_private(work / site / "state" / "key").public_key()
     folder.admit(site, key)
     wait_until(lambda: _enrolled([*client, "enrol", str(file), "--yes"]))
-    return [*client, "run", str(file)]
+    return [sys.executable, "-m", "tests.benchmarks.timed_client", str(file), str(work / f"{site}.times")]
 
 
 def _enrolled(command: list[str]) -> bool:
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def start(command: list[str], said: Path) -> subprocess.Popen[bytes]:
+    """A site's process; what it says on standard error goes to `said`."""
+    with said.open("ab") as file:
+        return subprocess.Popen(command, cwd=ROOT, stderr=file)
 
 
 def processor_seconds(process: int) -> float:
@@ -131,11 +141,17 @@ def measure(client: str, sites: int, parameters: int, rounds: int) -> None:
         folder = make_folder(work / "study", study, {})
         server = Server(folder)
         hospitals: list[subprocess.Popen[bytes]] = []
+        said = work / "hospitals.txt"
         try:
             server.up()
-            for site in study.sites:
-                command = (made_up_client if client == "test" else real_client)(folder, site, work)
-                hospitals.append(subprocess.Popen(command, cwd=ROOT))
+            commands = [
+                (made_up_client if client == "test" else real_client)(folder, site, work) for site in study.sites
+            ]
+            hospitals += [start(command, said) for command in commands[:-1]]
+            wait_until(lambda: connected(folder) >= sites - 1, PATIENCE)
+            waiting = [(resident(one.pid), resident(child_of(one.pid))) for one in hospitals if client == "real"]
+            started = time.monotonic()
+            hospitals.append(start(commands[-1], said))
 
             def done() -> int:
                 assert server.process.poll() in (None, 0), server.output.read_text()
@@ -154,10 +170,77 @@ def measure(client: str, sites: int, parameters: int, rounds: int) -> None:
                 f"{(used - began) / max(last - first, 1):.2f} processor s a round, {early:.0f} MB then {late:.0f} MB, "
                 f"database {database / 1e6:.1f} MB; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
             )
+            if client == "real":
+                print(table(folder, [trained(work / f"{site}.times") for site in study.sites], started, waiting))
+        except BaseException:
+            print(said.read_text() if said.exists() else "")
+            raise
         finally:
             for process in (server.process, *hospitals):
                 process.kill()
                 process.wait()
+
+
+def connected(folder: ServerFolder) -> int:
+    """How many sites the server says are connected."""
+    now = read_now(folder.state / "now.json") or {}
+    return sum(site["online"] for site in now.get("sites", {}).values())
+
+
+def child_of(process: int) -> int:
+    """The largest child of a process: the one that trains (Linux)."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return max(map(int, children), key=resident)
+
+
+def trained(times: Path) -> list[tuple[float, float]]:
+    """When a site's trainings began and ended, in monotonic seconds."""
+    pairs = [line.split() for line in times.read_text().splitlines()]
+    return [(float(began), float(ended)) for began, ended in pairs]
+
+
+def table(
+    folder: ServerFolder,
+    trained: list[list[tuple[float, float]]],
+    started: float,
+    waiting: list[tuple[float, float]],
+) -> str:
+    """What deployment costs, beside its goals.
+
+    Args:
+        folder: of the finished study.
+        trained: for each site, when each round's training began and ended.
+        started: when the last site's client was started, in monotonic seconds.
+        waiting: (connection, training process) of each site that waited for the others: resident MB.
+    """
+    stamps = [line["time"] for line in read(folder.metrics)]
+    rounds = [after - before for before, after in itertools.pairwise(stamps)]
+    longest = [max(ended - began for began, ended in sites) for sites in zip(*trained, strict=True)][1:]
+    added = [whole - training for whole, training in zip(rounds, longest, strict=True)]
+    rows = (
+        ("a round, from one checkpoint to the next", "", f"{statistics.median(rounds):.2f} s"),
+        ("of it the longest training of a site", "", f"{statistics.median(longest):.2f} s"),
+        ("**added by deployment**, median", "0.6 s", f"{statistics.median(added):.2f} s"),
+        ("added, 9 of 10 rounds at most", "1.0 s", f"{statistics.quantiles(added, n=10)[-1]:.2f} s"),
+        ("start of a client to its first training", "12 s", f"{trained[-1][0][0] - started:.1f} s"),
+        ("memory of the waiting client: connection", "120 MB", f"{max(one for one, _ in waiting):.0f} MB"),
+        ("memory of the waiting client: records and torch", "", f"{max(one for _, one in waiting):.0f} MB"),
+    )
+    load = " ".join(f"{one:.1f}" for one in os.getloadavg())
+    lines = [
+        f"{datetime.now(UTC):%Y-%m-%d}, {machine()}, {os.cpu_count()} cores, load {load}:",
+        "",
+        f"| {len(trained)} sites, TLS, SQLite, synced ledgers | at most | measured |",
+        "|---|---:|---:|",
+        *(f"| {what} | {goal} | {found} |" for what, goal, found in rows),
+    ]
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """The processor's name (Linux)."""
+    rows = [row.partition(":") for row in Path("/proc/cpuinfo").read_text().splitlines()]
+    return next((value.strip() for key, _, value in rows if key.strip() == "model name"), "unknown processor")
 
 
 def main() -> None:
