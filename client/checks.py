@@ -11,22 +11,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cryptography import x509
 
 from client.enrolment import Enrolment
 from client.fleet import Fleet
+from client.ledger_place import begun, ledger_path, pin
 from client.network import Health, authority_spoken
 from client.site_file import SiteFile, study_of
-from client.state import KEY, LEDGER, NODE, StateFolder
-from common.errors import ConfigurationError, LedgerError, WardroundError
+from client.state import KEY, NODE, StateFolder
+from common.errors import ConfigurationError, WardroundError
 from common.keys import fingerprint, load_private
 from common.provenance import code_digest
 from common.records import WIRE_VERSION
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from common.sequences import Sequences
     from common.study import Study
 
 CLOCK_SECONDS = 120.0
@@ -42,12 +46,14 @@ class Findings:
         enrolment: what a yes would pin.
         before: what was pinned before, if anything was.
         weights: how many numbers the network has.
+        patients: ids of those who train, for the ledger.
     """
 
     study: Study
     enrolment: Enrolment
     before: Enrolment | None
     weights: int
+    patients: NDArray[np.int64]
 
 
 def check(site: SiteFile, state: StateFolder, say: Say, clock: Callable[[], float] = time.time) -> Findings:
@@ -81,27 +87,34 @@ def check(site: SiteFile, state: StateFolder, say: Say, clock: Callable[[], floa
         say("roster", "the server admits this site's key")
     site.policy.check(study)
     say("policy", "the study keeps within every limit of this site")
-    if before is not None and not (state / LEDGER).exists():
-        raise LedgerError(
-            f"{state / LEDGER}: this hospital has enrolled before, but its ledger is gone; restore the newest backup, "
-            "then run `wardround client budget SITE.yaml --accept-restore`"
-        )
-    _budget(site, state, study)
-    say("budget", "the ledger has room for the study")
-    say("records", _records(site, state, study))
+    begun(site, state)
+    say("budget", _budget(site, study))
+    sequences = _records(site, state, study)
+    declared = study.sites[site.site].declared_patients
+    say(
+        "records",
+        f"{sequences.n_patients} patients (the study publishes {declared}; the true count stays here)",
+    )
     weights = _network(site, study)
     say("network", f"{weights:,} weights, on {site.device}")
     shown = hashlib.sha256(health.certificate).hexdigest() if health.certificate else ""
     now = datetime.fromtimestamp(clock(), UTC).isoformat(timespec="seconds")
-    return Findings(study, Enrolment.of(site, study, shown, now), before, weights)
+    return Findings(study, Enrolment.of(site, study, shown, now), before, weights, sequences.patient_id)
 
 
-def make_ledger(site: SiteFile, state: StateFolder) -> None:
-    """Begin the site's ledger, if there is none yet. Raises LedgerError."""
-    from client.ledger_file import SqliteLedger
+def begin_ledger(site: SiteFile, state: StateFolder, patients: NDArray[np.int64]) -> None:
+    """Begin the site's ledger, if there is none yet, and list the patients of a named cohort.
 
-    anchor = Path(site.anchor) if site.anchor is not None else None
-    SqliteLedger(state / LEDGER, site.policy.max_epsilon, site.policy.delta, anchor=anchor).close()
+    Raises:
+        LedgerError: it cannot be written, or is in use.
+        BudgetError: a patient is in another cohort.
+    """
+    from client.hospital import open_ledger
+
+    with open_ledger(site, create=not begun(site, state)) as ledger:
+        if site.cohort is not None:
+            ledger.open_cohort(site.cohort, patients)
+    pin(site, state)
 
 
 def _certificate(health: Health, site: SiteFile) -> str:
@@ -141,30 +154,37 @@ def _same_study(health: Health, study: Study, site: SiteFile) -> None:
         )
 
 
-def _budget(site: SiteFile, state: StateFolder, study: Study) -> None:
+def _budget(site: SiteFile, study: Study) -> str:
     """Would the ledger admit the plan? Without opening, hence without making, a ledger."""
-    from client.ledger import DEFAULT_COHORT, MemoryLedger
+    from client.accounts import Accounts
+    from client.ledger import DEFAULT_COHORT
     from client.ledger_file import read_accounts
 
-    path = state / LEDGER
-    if path.exists():
-        accounts, _ = read_accounts(path)
-    else:
-        accounts = MemoryLedger(site.policy.max_epsilon, site.policy.delta).accounts
-    accounts.cohort_opening(DEFAULT_COHORT, site.policy.max_epsilon, site.policy.delta)
-    if DEFAULT_COHORT in accounts.cohorts:
-        accounts.admission(DEFAULT_COHORT, study.digest(), study.plan(), site.policy.max_epsilon)
+    path, cap, name = ledger_path(site), site.policy.max_epsilon, site.cohort or DEFAULT_COHORT
+    exists = path.exists()
+    accounts = read_accounts(path)[0] if exists else Accounts()
+    if site.cohort is None and set(accounts.cohorts) - {DEFAULT_COHORT}:
+        raise ConfigurationError(
+            f"{path}: holds the cohorts {', '.join(accounts.cohorts)}; write in the site file, as `cohort`, whose "
+            "budget is charged"
+        )
+    opening = accounts.cohort_opening(name, cap, site.policy.delta)
+    if opening is not None:
+        accounts.apply(opening)
+    cohort = accounts.cohorts[name]
+    spent = cohort.spent
+    accounts.admission(name, study.digest(), study.plan(), cap)
+    return f"{path}: {'' if exists else 'a new ledger, '}{len(cohort.plans)} plan(s) charged, {cap - spent:.3g} left"
 
 
-def _records(site: SiteFile, state: StateFolder, study: Study) -> str:
+def _records(site: SiteFile, state: StateFolder, study: Study) -> Sequences:
     from client.readers.own import read_records
     from common.sequences import check_trainable
 
     sequences = read_records(site, study, state)
     check_trainable(sequences, f"{site.records}, {' + '.join(site.splits)}")
     site.policy.check_cohort(sequences.n_patients)
-    declared = study.sites[site.site].declared_patients
-    return f"{sequences.n_patients} patients (the study publishes {declared}; the true count stays here)"
+    return sequences
 
 
 def _network(site: SiteFile, study: Study) -> int:

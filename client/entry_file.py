@@ -5,9 +5,9 @@ the log at every commit). A process that dies at any instruction leaves the entr
 
 Decisions a reader would question:
 
-- The writer holds an open transaction on a second file, `<name>.lock`, for life. SQLite's own exclusive mode would do
-  without that file, but shuts readers out, and `wardround client budget` must read while the client runs; `flock`
-  exists on POSIX alone. The operating system drops the lock with the process, however it ends.
+- The writer holds an open transaction on a second file, `<name>.lock`, until it closes. SQLite's own exclusive mode
+  would do without that file, but shuts readers out, and `wardround client budget` must read while a round is trained;
+  `flock` exists on POSIX alone. The operating system drops the lock with the process, however it ends.
 - Nothing else in this process may open the two files, not even to look: POSIX drops a process's locks on a file when
   any of its descriptors is closed.
 - Attachments (updates, digests of patients) are rows of their own, named by their sha256 in the entry: so an update
@@ -34,7 +34,7 @@ from urllib.parse import quote
 
 from client.durable import check_private, create_private
 from client.entries import SALT_BYTES, START, Entry, PatientsJoined, Released, chained, decode, encode
-from common.errors import LedgerError, StaleLedgerError
+from common.errors import LedgerError
 
 Connect = Callable[..., sqlite3.Connection]
 
@@ -73,12 +73,15 @@ class EntryFile:
         path: the file. Beside it SQLite keeps `-wal` and `-shm`, and this class `.lock`.
         connect: opens SQLite; tests give one that fails or stops on purpose.
         create: make a ledger where there is none; False refuses a file that is absent or holds no entry.
+        wait: seconds that another writer may take until it closes.
 
     Raises:
         LedgerError: the file is in use, damaged, of a newer version, a link, or readable by others.
     """
 
-    def __init__(self, path: Path, connect: Connect = sqlite3.connect, *, create: bool = True) -> None:
+    def __init__(
+        self, path: Path, connect: Connect = sqlite3.connect, *, create: bool = True, wait: float = 0.0
+    ) -> None:
         self.path = path
         self._stale = False
         lock = path.with_name(path.name + ".lock")
@@ -88,7 +91,7 @@ class EntryFile:
             raise _gone(path)
         with contextlib.ExitStack() as opened:
             create_private(lock)
-            opened.enter_context(contextlib.closing(_locked(lock)))
+            opened.enter_context(contextlib.closing(_locked(lock, wait)))
             create_private(path)
             with _as_ledger_error(path):
                 # Threads may share the connection: `Site` has them take turns. Autocommit: every transaction is ours.
@@ -165,7 +168,7 @@ class EntryFile:
     def _compare(self) -> None:
         row = self._connection.execute("SELECT number, hash FROM entries ORDER BY number DESC LIMIT 1").fetchone()
         if row != ((len(self.contents.hashes), self.contents.hashes[-1]) if self.contents.hashes else None):
-            raise StaleLedgerError(f"{self.path}: a write that failed is there after all; start the client again")
+            raise LedgerError(f"{self.path}: a write that failed is there after all; the next round reads it anew")
 
 
 def read_entries(path: Path) -> Contents:
@@ -188,9 +191,9 @@ def read_entries(path: Path) -> Contents:
         return _read(path, connection)
 
 
-def _locked(lock: Path) -> sqlite3.Connection:
+def _locked(lock: Path, wait: float) -> sqlite3.Connection:
     """A connection whose open transaction says that this process writes to the ledger."""
-    connection = sqlite3.connect(lock, timeout=0, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(lock, timeout=wait, isolation_level=None, check_same_thread=False)
     try:
         with _as_ledger_error(lock):
             connection.execute("BEGIN EXCLUSIVE")

@@ -176,9 +176,10 @@ class Fleet:
             raise NetworkError(f"{self._server.address}: no longer knows this site; connecting anew")
 
     def pull(self, limit: Limit) -> Incoming | None:
-        """The next message, or None. What is no TRAIN message within `limit` comes without content, and with a fault.
+        """The next message, or None if there is none (any more).
 
-        Only the fault itself is told, never what was sent.
+        What is no TRAIN message within `limit` comes without content, and with a fault. Only the fault itself is told,
+        never what was sent.
         """
         answer = self._ask(lambda: self._client.PullMessages(PullMessagesRequest(node=self._node)))
         if not answer.messages_list:
@@ -197,6 +198,8 @@ class Fleet:
             message.content = self._content(run, trees[0], limit)
         except WireError as error:
             fault = str(error)
+        except ObjectPullError:  # its round has ended, and the server has cleared it away
+            return None
         except _RefusedError as error:
             if error.run_is_over:
                 return None
@@ -243,7 +246,12 @@ class Fleet:
             self._ask(lambda: self._client.DeactivateNode(DeactivateNodeRequest(node_id=node)))
 
     def _content(self, run: int, tree: ObjectTree, limit: Limit) -> RecordDict:
-        """Pull a message's objects within the limit and put its content together. Raises WireError."""
+        """Pull a message's objects within the limit and put its content together.
+
+        Raises:
+            WireError: they are no message within the limit.
+            ObjectPullError: the server no longer has one of them.
+        """
         names = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
         if len(names) > limit.objects:
             raise WireError(f"message of {len(names)} objects, the study's network allows {limit.objects}")
@@ -281,8 +289,6 @@ class Fleet:
 
         try:
             return pull_objects(names, pull, max_time=PULL_SECONDS, initial_backoff=FIRST_WAIT)
-        except ObjectPullError:
-            raise WireError("the server no longer has the message's objects") from None
         except TooLargeError as error:
             raise WireError(str(error)) from None
 

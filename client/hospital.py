@@ -5,6 +5,7 @@ site file -> study, as pinned -> records without those who opted out -> ledger -
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,12 +14,13 @@ from flwr.app import Context, Message, RecordDict
 
 from client.app import build_app
 from client.enrolment import enrolled
-from client.ledger import Ledger
+from client.ledger import DEFAULT_COHORT, Ledger
 from client.ledger_file import SqliteLedger
+from client.ledger_place import begun, ledger_path
 from client.readers.own import read_records
 from client.site import Site
 from client.site_file import SiteFile, load_site_file, study_of
-from client.state import LEDGER, StateFolder
+from client.state import StateFolder
 from client.trainer import Ready
 from common.batching import Dataset
 from common.device import resolve
@@ -28,6 +30,8 @@ from common.training import state_of
 
 if TYPE_CHECKING:
     from client.trainer import RandomnessOf
+
+ROUND_SECONDS = 600.0  # the longest that the ledger is waited for while another study's client trains
 
 
 class Hospital:
@@ -60,36 +64,27 @@ class Hospital:
         state = StateFolder(Path(site.state))
         study = study_of(site)
         enrolled(state, site).require_study(site, study)
-        anchor = Path(site.anchor) if site.anchor is not None else None
+        begun(site, state)
         optouts = None if site.exclude is None else (Path(site.exclude), _digest_of(Path(site.exclude)))
-        ledger = SqliteLedger(state / LEDGER, site.policy.max_epsilon, site.policy.delta, anchor=anchor, create=False)
-        try:
-            return cls(site_with(ledger, site, study, state, randomness), optouts)
-        except BaseException:
-            ledger.close()
-            raise
+        with open_ledger(site, create=False, wait=ROUND_SECONDS) as ledger:  # given back: `answer` takes it up
+            opened = site_with(ledger, site, study, state, randomness)
+            if site.cohort is not None:
+                ledger.open_cohort(site.cohort, opened.dataset.sequences.patient_id)
+        return cls(opened, optouts)
 
     @property
     def outdated(self) -> bool:
         """The file of opt-outs is not the one that the records were read with: read them again before training."""
         return self._optouts is not None and _digest_of(self._optouts[0]) != self._optouts[1]
 
-    @property
-    def stale(self) -> bool:
-        """The ledger must be opened anew, by another process."""
-        return self._site.stale
-
-    def close(self) -> None:
-        """Give the ledger back."""
-        if isinstance(self._site.ledger, SqliteLedger):
-            self._site.ledger.close()
-
     def answer(self, message: Message, node: int) -> Message:
-        """The reply of the installed ClientApp."""
+        """The reply of the installed ClientApp; the ledger is held meanwhile. Raises LedgerError if it cannot be."""
         context = Context(
             run_id=message.metadata.run_id, node_id=node, node_config={}, state=RecordDict(), run_config={}
         )
-        return self._app(message, context)
+        ledger = self._site.ledger
+        with ledger.taken_up() if isinstance(ledger, SqliteLedger) else contextlib.nullcontext():
+            return self._app(message, context)
 
 
 def _digest_of(file: Path) -> str:
@@ -98,6 +93,20 @@ def _digest_of(file: Path) -> str:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError:
         return ""
+
+
+def open_ledger(site: SiteFile, *, create: bool, wait: float = 0.0) -> SqliteLedger:
+    """The durable ledger that the site file names, charging its cohort. Raises as `SqliteLedger`."""
+    policy = site.policy
+    return SqliteLedger(
+        ledger_path(site),
+        policy.max_epsilon,
+        policy.delta,
+        site.cohort or DEFAULT_COHORT,
+        anchor=Path(site.anchor) if site.anchor is not None else None,
+        create=create,
+        wait=wait,
+    )
 
 
 def site_with(

@@ -3,7 +3,8 @@
 Guarantee, beside that of `Ledger`:
     Whatever was answered by `admit`, `attempt` or `release` is on disk before it is answered. A process that dies at
     any instruction leaves a ledger that opens and that shows no less than was answered. A changed byte, an older copy
-    (with an anchor, or by a server's head) and a second writer are refused. Cohorts of one ledger share no patient.
+    (with an anchor, or by a server's head) and a second writer at a time are refused. Cohorts of one ledger share no
+    patient.
 
 Decisions a reader would question:
 
@@ -12,6 +13,9 @@ Decisions a reader would question:
 - All who ever were in a cohort stay listed. New patients may join: they share a budget of which they have seen less.
 - Each opening of a cohort is an entry, also when nobody joined: else a server that asks the same round twice, before
   and after a restart, would see from an unchanged head that nobody did.
+- Clients of several studies share one ledger, round by round: each holds it from before an attempt is marked until the
+  update is stored (`taken_up`), and reads what the others wrote. One process for all studies could hold it for life,
+  but each study's client must be the very release that its coordinator runs.
 - A ledger of one cohort needs no list. As soon as there are two, each opening must show its patients, or nothing is
   admitted or marked.
 - `accept_restore` charges the plans that the anchor knows and the older copy lacks, and those that a person names.
@@ -21,13 +25,14 @@ Decisions a reader would question:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import math
 import operator
 import secrets
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self, SupportsIndex
@@ -38,7 +43,7 @@ from client.anchor import Anchor
 from client.entries import Admitted, Anchored, Entry, LedgerOpened, PatientsJoined, Restored
 from client.entry_file import Connect, EntryFile, read_entries
 from client.ledger import DEFAULT_COHORT, StoredLedger
-from common.errors import BudgetError, LedgerError, StaleLedgerError
+from common.errors import BudgetError, LedgerError, RollbackError
 from common.privacy.plan import Plan
 
 DIGEST_BYTES = 32
@@ -55,6 +60,7 @@ class SqliteLedger(StoredLedger):
         anchor: file on another disk or medium, see `client/anchor.py`.
         create: see `EntryFile`.
         connect: opens SQLite; tests give one that fails or stops on purpose.
+        wait: seconds that another client's round may take, here and in `taken_up`.
 
     Raises:
         LedgerError: the file is in use, damaged, of a newer version, a link, or readable by others.
@@ -72,19 +78,49 @@ class SqliteLedger(StoredLedger):
         *,
         create: bool = True,
         connect: Connect = sqlite3.connect,
+        wait: float = 0.0,
     ) -> None:
         self.cap, self.delta, self.cohort, self.anchor = cap, delta, cohort, anchor
+        self._connect, self._wait = connect, wait
         self._patients_shown = False
         self._anchored_head = ""
-        self._file = EntryFile(path, connect, create=create)
+        self._file = EntryFile(path, connect, create=create, wait=wait)
         try:
-            self.accounts = replayed(path, self._file.contents.entries, self._file.contents.attached)
-            self._open_anchor()
+            self._read()
             if cohort in self.accounts.cohorts or not self.accounts.cohorts:
                 self._open_cohort(cohort)
         except BaseException:
             self._file.close()
             raise
+
+    @contextlib.contextmanager
+    def taken_up(self) -> Iterator[None]:
+        """Hold the file, after `close`, for one round, with what others wrote to it meanwhile.
+
+        Raises:
+            LedgerError: as for the constructor.
+            RollbackError: as for the constructor; or it was put back to an older copy while nobody held it.
+        """
+        known = self._file
+        self._file = EntryFile(known.path, self._connect, create=False, wait=self._wait)
+        try:
+            self._read()
+            if known.contents.hashes[-1] not in self._file.contents.hashes:
+                raise RollbackError(
+                    f"{known.path}: older than it was a round ago; put the newest copy back, or {anchors.ACCEPT}"
+                )
+        except BaseException:
+            self._file.close()
+            self._file = known
+            raise
+        try:
+            yield
+        finally:
+            self._file.close()
+
+    def _read(self) -> None:
+        self.accounts = replayed(self._file.path, self._file.contents.entries, self._file.contents.attached)
+        self._open_anchor()
 
     def _open_anchor(self) -> None:
         """Check the anchor, then begin a new ledger. An anchor exists before the ledger says that it must."""
@@ -189,7 +225,7 @@ class SqliteLedger(StoredLedger):
 
     def _store(self, entry: Entry, attachment: bytes | None, forget: list[int]) -> None:
         if self.accounts.count != len(self._file.contents.entries):  # stopped between storing and applying
-            raise StaleLedgerError(f"{self._file.path}: the last call was interrupted; start the client again")
+            raise LedgerError(f"{self._file.path}: the last call was interrupted; the next round reads it anew")
         self._file.append(entry, attachment, forget)
 
     def _attachment(self, position: int) -> bytes:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from client.ledger import Attempt, Ledger
 from client.policy import Policy
 from common.batching import Dataset
-from common.errors import BudgetError, ConfigurationError, LedgerError, PolicyError, StaleLedgerError, WireError
+from common.errors import BudgetError, ConfigurationError, LedgerError, PolicyError, WireError
 from common.models.network import build_network
 from common.privacy.randomness import Randomness
 from common.provenance import code_digest
@@ -66,7 +66,6 @@ class Site:
         self.name, self.study, self.dataset, self.ledger = name, study, dataset, ledger
         self._randomness = randomness
         self._one_round = threading.Lock()  # two attempts at once would overwrite each other's mark
-        self.stale = False  # the ledger must be opened anew, by a new process, before anything else is trained
         self._digest = study.digest()
         self._plan = study.plan()
         self._refusal = _refusal(policy, study)  # once: neither changes while the site is open
@@ -112,10 +111,6 @@ class Site:
         except _RefusedError as error:
             log.warning("round %d refused: %s", asked.round_number, error)
             return Status.BUDGET, None
-        except StaleLedgerError as error:
-            self.stale = True
-            log.error("round %d failed: %s", asked.round_number, error)
-            return Status.LOCAL_FAILURE, None
         except LedgerError as error:  # of our own making: a file and a remedy, nothing of a patient
             log.error("round %d failed: %s", asked.round_number, error)
             return Status.LOCAL_FAILURE, None

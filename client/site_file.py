@@ -21,6 +21,7 @@ from common.terms import Terms, load
 if TYPE_CHECKING:
     from common.study import Study
 
+NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -86,21 +87,26 @@ class SiteFile(Terms):
         exclude: file with the patients who opted out: one column `subject_id`; they are dropped before anything else.
         policy: this site's own limits; they win over the study.
         server: where the server is.
+        cohort: name of the patients whose budget is charged, where one ledger holds several cohorts; then they are
+            listed in it, by keyed digests. Absent: all patients of this hospital, not listed.
         state: folder for key, enrolment, ledger and log, for this user alone.
+        ledger: the ledger of another state folder, to take part in two studies at the same time on one budget.
         anchor: file on another disk that remembers the ledger's head, against a ledger put back from a copy.
         device: where to train; wins over the study's.
         log_level: what goes to the log.
     """
 
     version: Literal[1]
-    site: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
+    site: str = Field(pattern=NAME)
     study: str
     records: str
     splits: tuple[Literal["train", "tuning"], ...] = Field(default=("train",), min_length=1)
     exclude: str | None = None
     policy: Policy
     server: ServerTerms
+    cohort: str | None = Field(default=None, pattern=NAME)
     state: str
+    ledger: str | None = None
     anchor: str | None = None
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     log_level: LogLevel = "info"
@@ -125,7 +131,7 @@ def load_site_file(path: Path) -> SiteFile:
     def absolute(name: str | None) -> str | None:
         return None if name is None else str(base / Path(name).expanduser())
 
-    named = {key: absolute(getattr(site, key)) for key in ("study", "records", "exclude", "state", "anchor")}
+    named = {key: absolute(getattr(site, key)) for key in ("study", "records", "exclude", "state", "ledger", "anchor")}
     server = site.server.model_copy(update={"ca": absolute(site.server.ca)})
     return site.model_copy(update={**named, "server": server})
 

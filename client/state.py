@@ -5,6 +5,7 @@
     STATE/split.key        the secret behind a split by key, for records without a split file
     STATE/enrolment.json   what a person here said yes to
     STATE/ledger.db        what was spent, see client/ledger_file.py
+    STATE/ledger.json      which ledger this folder charges, see client/ledger_place.py
     STATE/node.json        the number under which the server knows this site
     STATE/client.log       what happened, without anything of a patient
     STATE/lock             held while a process uses the folder
@@ -36,7 +37,7 @@ STATE_VERSION = 1
 SPLIT_KEY_BYTES = 32
 MAX_JSON_BYTES = 100_000
 KEY, PUBLIC, SPLIT_KEY, LEDGER, LOG = "key", "key.pub", "split.key", "ledger.db", "client.log"
-ENROLMENT, NODE = "enrolment.json", "node.json"
+ENROLMENT, NODE, LEDGER_PLACE = "enrolment.json", "node.json", "ledger.json"
 LOCK = "lock"
 
 

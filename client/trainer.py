@@ -208,7 +208,6 @@ def _work(pipe: Connection, site_file: Path, randomness: RandomnessOf | None) ->
             message, node = pipe.recv()
             if hospital.outdated:  # who opted out today is left out of today's round
                 logger.info("the file of opt-outs has changed; the records are read again")
-                hospital.close()
                 try:
                     hospital = Hospital.open(site_file, randomness)
                 except WardroundError as error:
@@ -219,12 +218,10 @@ def _work(pipe: Connection, site_file: Path, randomness: RandomnessOf | None) ->
                     return
             try:
                 answer: Any = hospital.answer(message, node)
+            except WardroundError as error:  # of the ledger: a file and a remedy
+                answer = _Failed(str(error))
             except Exception as error:
                 answer = _Failed(f"a message could not be answered: {_place(error)}")
-            if hospital.stale:
-                hospital.close()
-                pipe.send(_Last(answer))
-                return
             pipe.send(answer)
 
 

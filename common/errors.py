@@ -44,10 +44,6 @@ class LedgerError(WardroundError):
     """The ledger cannot be read or written, so nothing is trained: damaged, in use by another, no space left."""
 
 
-class StaleLedgerError(LedgerError):
-    """The process no longer knows what the ledger holds: only one that opens it anew may go on."""
-
-
 class RollbackError(LedgerError):
     """The ledger was put back to an older copy, or its anchor is not what it should be."""
 

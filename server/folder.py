@@ -25,7 +25,7 @@ from common import keys
 from common.errors import ConfigurationError
 from common.terms import Terms, load
 from server import certificates
-from server.files import write_atomically
+from server.files import held, write_atomically
 
 if TYPE_CHECKING:
     from common.study import Study  # loads the accountant, a second; a server that resumes answers sooner without
@@ -120,6 +120,10 @@ class ServerFolder:
         Raises:
             ConfigurationError: no site of the study, another site's key, or a second key without `replace`.
         """
+        with held(self.path / "roster.lock", f"{self.path}/roster.yaml"):  # two at once would lose a key
+            return self._admit(site, key, replace=replace)
+
+    def _admit(self, site: str, key: EllipticCurvePublicKey, *, replace: bool) -> bool:
         study, roster = self.study(), self.roster()
         if site not in study.sites:
             raise ConfigurationError(

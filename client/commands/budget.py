@@ -41,6 +41,7 @@ def command(
 ) -> None:
     """Show the privacy budget of SITE.yaml: what each study was charged, and what is left."""
     from client.ledger_file import read_accounts
+    from client.ledger_place import ledger_path
     from client.state import LEDGER
 
     names: dict[str, str] = {}
@@ -49,7 +50,7 @@ def command(
 
         site = load_site_file(site_file)
         names = _names(site)
-        ledger = Path(site.state) / LEDGER
+        ledger = ledger_path(site)
         if accept_restore:
             _accept(site, ledger, lost or [], yes, names)
     elif state is not None and site_file is None and not accept_restore:
@@ -68,6 +69,7 @@ def command(
 
 def _accept(site: SiteFile, ledger: Path, lost: list[Path], yes: bool, names: dict[str, str]) -> None:
     """Ask, and write that entries are lost. Standard output stays free for the result."""
+    from client.ledger import DEFAULT_COHORT
     from client.ledger_file import accept_restore, read_accounts
     from common.study import load_study
 
@@ -84,6 +86,7 @@ def _accept(site: SiteFile, ledger: Path, lost: list[Path], yes: bool, names: di
         ledger,
         site.policy.max_epsilon,
         site.policy.delta,
+        site.cohort or DEFAULT_COHORT,
         anchor=Path(site.anchor) if site.anchor is not None else None,
         lost={study.digest(): study.plan() for study in studies},
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from client.commands.opening import ONE_FOLDER, SiteArgument, opened
+from client.commands.opening import ONE_LEDGER, SiteArgument, opened
 
 if TYPE_CHECKING:
     from client.enrolment import Enrolment
@@ -18,7 +18,8 @@ def command(
 ) -> None:
     """Check everything that taking part needs, show the study's terms, and pin them after a yes."""
     site, state = opened(site_file)
-    from client.checks import check, make_ledger
+    from client.checks import begin_ledger, check
+    from client.ledger_place import ledger_path
     from client.wording import terms_in_words
 
     def say(name: str, detail: str) -> None:
@@ -31,10 +32,11 @@ def command(
         if not yes and not typer.confirm(f"Take part as {site.site} on these terms?"):
             typer.echo("Nothing was changed.")
             raise typer.Exit(1)
-        make_ledger(site, state)  # before the yes: whoever enrolled has a ledger, and one that is gone is missed
+        # Before the yes: whoever enrolled has a ledger, and one that is gone is missed.
+        begin_ledger(site, state, found.patients)
         found.enrolment.write(state)
     typer.echo(f"Enrolled. `wardround client run {site_file}` takes part; `wardround client leave` ends it.")
-    typer.echo(ONE_FOLDER.format(state=state.path))
+    typer.echo(ONE_LEDGER.format(ledger=ledger_path(site)))
 
 
 def _compare(before: Enrolment | None, now: Enrolment) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from client.commands.opening import ONE_FOLDER, SiteArgument, opened
+from client.commands.opening import ONE_LEDGER, SiteArgument, opened
 
 
 def command(site_file: SiteArgument) -> None:
     """Make this hospital's key in the state folder and print its public half for the coordinator."""
+    from client.ledger_place import ledger_path
     from client.state import KEY, PUBLIC
     from common.errors import ConfigurationError
     from common.keys import fingerprint, generate, private_to_pem, public_line, write_private
@@ -31,4 +32,4 @@ def command(site_file: SiteArgument) -> None:
         f"Send the line above (it is also in {state / PUBLIC}) to the study's coordinator, who admits it as site "
         f"`{site.site}`,\nand compare the fingerprint by telephone. The private key stays in {state / KEY}."
     )
-    typer.echo(ONE_FOLDER.format(state=state.path))
+    typer.echo(ONE_LEDGER.format(ledger=ledger_path(site)))

@@ -17,8 +17,9 @@ def command(
     site, state = opened(site_file)
     from client.enrolment import Enrolment
     from client.fleet import Fleet
+    from client.ledger_place import ledger_path
     from client.network import NetworkError
-    from client.state import ENROLMENT, KEY, LEDGER, NODE
+    from client.state import ENROLMENT, KEY, NODE
     from common.errors import ConfigurationError
     from common.keys import load_private
 
@@ -40,6 +41,6 @@ def command(
         state.remove(ENROLMENT)
         state.remove(NODE)
     typer.echo(
-        f"Left study {found.name}. {said} Ledger ({state / LEDGER}) and key are kept: what was spent stays spent.\n"
+        f"Left study {found.name}. {said} Ledger ({ledger_path(site)}) and key are kept: what was spent stays spent.\n"
         "Ask the coordinator to take this site's key off the roster."
     )

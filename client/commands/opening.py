@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from client.site_file import SiteFile
     from client.state import StateFolder
 
-ONE_FOLDER = (
-    "One state folder per cohort: a second one for the same patients would hold a second ledger and hence a second "
-    "budget, so keep {state} and back it up."
+ONE_LEDGER = (
+    "One ledger per patient: another study at the same time has a state folder of its own and names this ledger "
+    "(`ledger: {ledger}`);\na second ledger for the same patients would be a second budget."
 )
 SiteArgument = Annotated[Path, typer.Argument(metavar="SITE.yaml", help="This hospital's own site file.")]
 

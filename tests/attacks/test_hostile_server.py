@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MessageType, MetricRecord, RecordDict
 
-from client.checks import check, make_ledger
+from client.checks import begin_ledger, check
 from client.ledger_file import read_accounts
 from client.state import LEDGER, LOG
 from common.models.network import build_network
@@ -193,8 +193,9 @@ def story(cohort: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         site, state, key = with_key(path)
         server.admit(key.public_key())
         with state.lock():
-            check(site, state, lambda _name, _detail: None).enrolment.write(state)
-            make_ledger(site, state)
+            found = check(site, state, lambda _name, _detail: None)
+            begin_ledger(site, state, found.patients)
+            found.enrolment.write(state)
         log = state / LOG
 
         def ask(name: str, content: RecordDict, kind: str = MessageType.TRAIN) -> Reply:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
-from client.checks import check, make_ledger
+from client.checks import begin_ledger, check
 from client.enrolment import Enrolment
 from client.fleet import Fleet, rehearsal
 from client.hospital import Hospital
@@ -99,8 +100,8 @@ def place(cohort: dict[str, Path], tmp_path: Path) -> Place:
     shutil.copy(records / "labels" / "diagnosis.parquet", records / "labels" / "hiv.parquet")
     path = write_site(tmp_path, records, server, policy=POLICY)
     site, state, _ = with_key(path)
+    begin_ledger(site, state, np.array([], np.int64))
     Enrolment.of(site, study, "", "2027-01-01T00:00:00+00:00").write(state)
-    make_ledger(site, state)
     return Place(site, state, path, authority, study)
 
 

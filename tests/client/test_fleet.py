@@ -108,6 +108,15 @@ def test_no_message_is_none(fleet: Fleet) -> None:
     assert fleet.pull(LIMIT) is None
 
 
+def test_a_message_that_was_cleared_away_is_none(coordinator: Coordinator, fleet: Fleet) -> None:
+    """Announced, but its round ended before its objects were fetched: nothing to answer, and nothing is refused."""
+    offer = coordinator.offer(request_to_content(REQUEST))
+    offer.objects.clear()
+    fleet.activate()
+    coordinator.send(offer)
+    assert fleet.pull(LIMIT) is None
+
+
 def test_only_a_few_routes_are_ever_asked_for(coordinator: Coordinator, fleet: Fleet) -> None:
     """Neither an app bundle nor a run's description is fetched, and nothing is registered."""
     test_a_request_and_its_reply_arrive_as_they_were_sent(coordinator, fleet)

@@ -344,7 +344,7 @@ def test_a_write_that_failed_but_is_there_stops_the_ledger(path: Path) -> None:
         with pytest.raises(LedgerError, match="fails with OperationalError; check the disk"):
             ledger.attempt(STUDY, 1, 1, WEIGHTS)
         for _ in range(2):
-            with pytest.raises(LedgerError, match="there after all; start the client again"):
+            with pytest.raises(LedgerError, match="there after all; the next round reads it anew"):
                 ledger.attempt(STUDY, 1, 1, WEIGHTS)
     with opened(path) as ledger:
         assert ledger.steps_taken(STUDY) == 1
@@ -363,7 +363,7 @@ def test_an_interrupted_call_stops_the_ledger(path: Path, monkeypatch: pytest.Mo
             patched.setattr(ledger.accounts, "apply", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 ledger.attempt(STUDY, 1, 1, WEIGHTS)
-        with pytest.raises(LedgerError, match="interrupted; start the client again"):
+        with pytest.raises(LedgerError, match="interrupted; the next round reads it anew"):
             ledger.attempt(STUDY, 1, 1, WEIGHTS)
     with opened(path) as ledger:
         assert ledger.attempt(STUDY, 1, 1, WEIGHTS) == Attempt(STUDY, 1, 2, WEIGHTS)

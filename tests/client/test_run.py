@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from client.checks import check, make_ledger
+from client.checks import begin_ledger, check
 from client.state import LOG
 from common.models.network import build_network
 from common.provenance import code_digest
@@ -104,8 +104,9 @@ def story(cohort: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         site, state, key = with_key(path)
         server.admit(key.public_key())
         with state.lock():
-            check(site, state, lambda _name, _detail: None).enrolment.write(state)
-            make_ledger(site, state)
+            found = check(site, state, lambda _name, _detail: None)
+            begin_ledger(site, state, found.patients)
+            found.enrolment.write(state)
 
         def start() -> subprocess.Popen[str]:
             server.online.clear()

@@ -12,7 +12,7 @@ from client.ledger_file import SqliteLedger
 from client.policy import Policy
 from client.site import Site
 from common.batching import Dataset
-from common.errors import LedgerError, StaleLedgerError
+from common.errors import LedgerError
 from common.privacy.randomness import Randomness
 from common.records import Status, reply_to_content
 from common.weights import to_bytes
@@ -132,20 +132,6 @@ def test_an_enrolled_site_with_few_or_no_patients_still_answers(patients: int, t
             assert all(np.isfinite(part).all() and part.any() for part in reply.update.values())
         assert diary.count("noise") == 3
         assert ledger.steps_taken(STUDY.digest()) == 3
-
-
-def test_a_ledger_that_must_be_opened_anew_marks_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stale ledger is a LOCAL_FAILURE, and the site says that its process must end."""
-    site, ledger = durable(tmp_path, Diary())
-
-    def stale(*_: object) -> None:
-        raise StaleLedgerError("ledger.db: start the client again")
-
-    with ledger:
-        assert not site.stale
-        monkeypatch.setattr(ledger, "_store", stale)
-        assert site.train(request(STUDY, WEIGHTS)).status is Status.LOCAL_FAILURE
-        assert site.stale
 
 
 def test_a_ledger_that_cannot_be_written_is_a_local_failure(

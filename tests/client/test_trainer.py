@@ -12,7 +12,7 @@ import pytest
 from client import trainer
 from client.logs import LOG_BYTES, OLD_LOGS, logging_to
 from client.trainer import Ready, Trainer, TrainerError, _place
-from common.errors import DataError, WardroundError
+from common.errors import DataError, LedgerError, WardroundError
 from tests.client.hospitals import with_key, write_site, write_study
 from tests.client.scripted import SECRET
 
@@ -59,19 +59,16 @@ def test_the_log_is_private_and_bounded(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 class _Reopened:
-    """A hospital whose opt-outs have changed once, or whose ledger is stale."""
+    """A hospital whose opt-outs have changed once, or whose ledger cannot be held."""
 
-    def __init__(self, said: str, *, outdated: bool = False, stale: bool = False) -> None:
-        self.ready, self.said, self.outdated, self.stale = Ready("s", 1, ()), said, outdated, stale
-        self.closed = False
+    def __init__(self, said: str | LedgerError, *, outdated: bool = False) -> None:
+        self.ready, self.said, self.outdated = Ready("s", 1, ()), said, outdated
 
     def answer(self, _message: object, _node: int) -> str:
         """What this opening of the site says."""
+        if isinstance(self.said, LedgerError):
+            raise self.said
         return self.said
-
-    def close(self) -> None:
-        """Note it."""
-        self.closed = True
 
 
 def _worked(monkeypatch: pytest.MonkeyPatch, *openings: _Reopened | WardroundError) -> list[object]:
@@ -107,9 +104,7 @@ def _worked(monkeypatch: pytest.MonkeyPatch, *openings: _Reopened | WardroundErr
 
 def test_changed_optouts_are_read_before_the_next_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """A message that comes after the file of opt-outs has changed is answered by the site opened anew."""
-    before = _Reopened("old", outdated=True)
-    assert _worked(monkeypatch, before, _Reopened("new"))[1] == "new"
-    assert before.closed
+    assert _worked(monkeypatch, _Reopened("old", outdated=True), _Reopened("new"))[1] == "new"
 
 
 def test_optouts_that_cannot_be_read_train_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,8 +113,8 @@ def test_optouts_that_cannot_be_read_train_nobody(monkeypatch: pytest.MonkeyPatc
     assert said[1] == trainer._Last(trainer._Failed("optouts.csv: no such file"))
 
 
-def test_a_stale_ledger_ends_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a ledger error that only another process can mend the child answers and ends: no person is needed."""
-    stale = _Reopened("LOCAL_FAILURE", stale=True)
-    assert _worked(monkeypatch, stale)[1] == trainer._Last("LOCAL_FAILURE")
-    assert stale.closed
+def test_a_ledger_that_cannot_be_held_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong with the ledger, and the remedy, reach the log; the child goes on to the next message."""
+    busy = _Reopened(LedgerError("ledger.db: another process writes to this ledger; stop it first"))
+    said = _worked(monkeypatch, busy)
+    assert said[1] == trainer._Failed("ledger.db: another process writes to this ledger; stop it first")

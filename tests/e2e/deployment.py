@@ -258,13 +258,16 @@ class Hospital:
         deployment: where.
         site: its name in studies.
         records: its MEDS directory.
+        folder: name of its folder here; its name if absent.
         server: whose study the site file names.
         terms: changes of the site file.
     """
 
-    def __init__(self, deployment: Deployment, site: str, records: Path, server: Server, **terms: Any) -> None:
+    def __init__(
+        self, deployment: Deployment, site: str, records: Path, server: Server, *, folder: str = "", **terms: Any
+    ) -> None:
         self.deployment, self.site = deployment, site
-        self.path = deployment.root / site
+        self.path = deployment.root / (folder or site)
         self.path.mkdir()
         self.file, self.state = self.path / "site.yaml", self.path / "state"
         self.terms: dict[str, Any] = {

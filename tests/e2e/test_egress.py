@@ -38,6 +38,8 @@ from tests.server import hospitals as others
 from tests.server.hospitals import wait_until
 from tests.server.processes import ROOT, make_folder, server_of
 
+pytestmark = pytest.mark.full  # a minute of real processes; .ci/run has its share of those
+
 PAGE = ROOT / "docs" / "egress.md"
 HOOK = """
 import sys

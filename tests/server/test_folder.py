@@ -21,6 +21,7 @@ from common.training import state_of
 from server import certificates
 from server.checkpoint import load
 from server.commands import app
+from server.files import held
 from server.folder import ServerFolder, create, open_folder, read_certificate, study_yaml
 from tests.server.processes import ROOT
 from tests.small import small_study
@@ -194,6 +195,14 @@ def test_a_site_has_one_key_and_a_key_one_site(folder: ServerFolder) -> None:
         "north": public_line(second),
         "east": public_line(north),
     }
+
+
+def test_two_admissions_at_once_lose_no_key(folder: ServerFolder) -> None:
+    """While one process changes the roster, another is told so and changes nothing; afterwards it may."""
+    with held(folder.path / "roster.lock", "roster"), pytest.raises(ConfigurationError, match="in use by another"):
+        folder.admit("north", generate().public_key())
+    assert folder.roster() == {}
+    assert folder.admit("north", generate().public_key())
 
 
 def test_admit_wants_a_public_p384_key(tmp_path: Path, folder: ServerFolder) -> None:
