@@ -35,6 +35,7 @@ from common.training import state_of
 from server.folder import ServerFolder
 from server.progress import read, read_now
 from simulations.cohort import PRESETS, write_cohort
+from tests.benchmarks.machine import processor
 from tests.server.hospitals import Hospital, wait_until
 from tests.server.processes import ROOT, Server, make_folder
 
@@ -228,19 +229,13 @@ def table(
     )
     load = " ".join(f"{one:.1f}" for one in os.getloadavg())
     lines = [
-        f"{datetime.now(UTC):%Y-%m-%d}, {machine()}, {os.cpu_count()} cores, load {load}:",
+        f"{datetime.now(UTC):%Y-%m-%d}, {processor()}, {os.cpu_count()} cores, load {load}:",
         "",
         f"| {len(trained)} sites, TLS, SQLite, synced ledgers | at most | measured |",
         "|---|---:|---:|",
         *(f"| {what} | {goal} | {found} |" for what, goal, found in rows),
     ]
     return "\n".join(lines)
-
-
-def machine() -> str:
-    """The processor's name (Linux)."""
-    rows = [row.partition(":") for row in Path("/proc/cpuinfo").read_text().splitlines()]
-    return next((value.strip() for key, _, value in rows if key.strip() == "model name"), "unknown processor")
 
 
 def main() -> None:
