@@ -52,6 +52,7 @@ REFERENCE_PATIENTS = 10_000  # place a prevalence of .12 to about .002
 REFERENCE_KEY = (2**64 - 1, 2**64 - 1)  # of Philox; seeds of cohorts end at 2**63
 
 FloatArray = npt.NDArray[np.float64]
+Cells = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -84,26 +85,40 @@ class Records:
 def draw_records(recipe: SiteRecipe, n: int, random: np.random.Generator) -> Records:
     """Draw n observed records of a site."""
     age = np.clip(62 + 4 * recipe.shift + 14 * random.standard_normal(n), 18, 95)
-    female = random.random(n) < 0.5
+    female = random.random(n) < recipe.female_share
     frailty = random.standard_normal(n)
     expected_visits = USUAL_VISITS * recipe.visit_frequency * np.exp(0.25 * frailty)
     visits = np.clip(random.poisson(expected_visits), FEWEST_VISITS, MOST_VISITS)
     visit = np.arange(visits.max()) < visits[:, None]
     minute = _visit_minutes(visit, random)
-    codes, level = _care(recipe, visit, minute / MINUTES_PER_DAY, frailty, random)
+    cells = _cells(visit)
+    codes, level = _care(recipe, visit, cells, minute / MINUTES_PER_DAY, frailty, random)
 
     # The more abnormal a vital, and the busier the hospital, the likelier it is measured.
-    measured = _sigmoid(-0.6 + 0.9 * np.abs(level) + 0.3 * np.log(recipe.visit_frequency))
-    observed = (random.random(level.shape) < measured) & visit[..., None]
-    reading = np.round(level + 0.1 * random.standard_normal(level.shape), 3).astype(np.float32)
+    habit = 0.3 * np.log(recipe.visit_frequency) + np.log(recipe.measurement_frequency)
+    measured = sigmoid(-0.6 + 0.9 * np.abs(level) + habit)
+    observed = random.random((*visit.shape, VITALS))[cells] < measured
+    noise = random.standard_normal((*visit.shape, VITALS))[cells]
+    vitals = np.full((*visit.shape, VITALS), np.nan, np.float32)
+    vitals[cells] = np.where(observed, np.round(level + 0.1 * noise, 3).astype(np.float32), np.float32(np.nan))
     return Records(
         visit=visit,
         minute=minute,
         codes=codes,
-        vitals=np.where(observed, reading, np.float32(np.nan)),
+        vitals=vitals,
         age=np.round(age, 1).astype(np.float32),
         female=female,
     )
+
+
+def _cells(visit: npt.NDArray[np.bool_]) -> Cells:
+    """(patient, place in time) of each of C visits, first visits first, patients with most visits first.
+
+    Random numbers are drawn for padded visits too, two in three, and nothing else is computed for them.
+    """
+    most_first = np.argsort(-visit.sum(axis=1), kind="stable")
+    place, patient = np.nonzero(visit[most_first].T)
+    return most_first[patient], place
 
 
 def _visit_minutes(visit: npt.NDArray[np.bool_], random: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -118,47 +133,54 @@ def _visit_minutes(visit: npt.NDArray[np.bool_], random: np.random.Generator) ->
 def _care(
     recipe: SiteRecipe,
     visit: npt.NDArray[np.bool_],
+    cells: Cells,
     day: FloatArray,
     frailty: FloatArray,
     random: np.random.Generator,
 ) -> tuple[npt.NDArray[np.int16], FloatArray]:
-    """Codes [n, T, 4] and true vitals [n, T, 6], visit by visit: each depends on the other's past.
+    """Codes [n, T, 4] and the true vitals of the cells [C, 6], visit by visit: each depends on the other's past.
 
     Vitals follow an Ornstein-Uhlenbeck walk (half-life about two months) around the patient's own level,
     which drifts in 45 % of patients and is lowered while the drug acts.
     """
     n, T = visit.shape
-    gap = np.maximum(np.diff(day, axis=1, prepend=day[:, :1]), 0)
+    gap = np.maximum(np.diff(day, axis=1, prepend=day[:, :1]), 0)[cells]
+    day = day[cells]
     own_level = 0.15 * recipe.shift + 0.7 * random.standard_normal((n, VITALS))
     drift = random.standard_normal(frailty.shape) * (random.random(frailty.shape) < 0.45)
     drift_of_vital = np.array([1, 0.6, 0, 0, 0.4, 0])
     drug_on_vital = np.array([-0.5, 0, 0, 0, -0.25, 0])
 
-    ordinary = _ordinary_codes(recipe, random.random((n, T, CODES_PER_VISIT)))
-    count = np.minimum(1 + random.poisson(1.6, (n, T)), CODES_PER_VISIT)
-    recorded = (np.arange(CODES_PER_VISIT) < count[..., None]) & visit[..., None]
-    shock = 0.5 * random.standard_normal((n, T, VITALS))
-    treats = random.random((n, T)) < 0.35
-    diagnoses = (frailty[:, None] > 0.3) & (random.random((n, T)) < 0.10)
-
-    codes = np.zeros((n, T, CODES_PER_VISIT), np.int16)
-    vitals = np.zeros((n, T, VITALS))
+    written = _ordinary_codes(recipe, random.random((n, T, CODES_PER_VISIT))[cells])
+    count = np.minimum(1 + random.poisson(1.6, (n, T)), CODES_PER_VISIT)[cells]
+    recorded = np.arange(CODES_PER_VISIT) < count[:, None]
+    shock = 0.5 * random.standard_normal((n, T, VITALS))[cells]
+    treats = random.random((n, T))[cells] < 0.35
+    diagnoses = (frailty[cells[0]] > 0.3) & (random.random((n, T))[cells] < 0.10)
     level = own_level + 0.5 * random.standard_normal((n, VITALS))
-    drug = np.zeros(n)  # how strongly the last dose still acts, 0 to 1
-    for k in range(T):
-        kept = np.exp(-gap[:, k, None] / 90)
-        target = own_level + drift[:, None] * drift_of_vital * day[:, k, None] / WINDOW_DAYS
-        target = target + drug[:, None] * drug_on_vital
-        level = target + kept * (level - target) + np.sqrt(1.05 - kept**2) * shock[:, k]
-        vitals[:, k] = level
-        written = ordinary[:, k].copy()
-        written[treats[:, k] & (level[:, 0] > 0.8), 0] = DRUG
-        written[diagnoses[:, k], 1] = DIAGNOSIS
-        codes[:, k] = np.where(recorded[:, k], written, 0)
-        drug = np.where((codes[:, k] == DRUG).any(axis=1), 1.0, drug * np.exp(-gap[:, k] / 60))
 
-    codes.sort(axis=2)
-    codes[..., 1:][codes[..., 1:] == codes[..., :-1]] = 0  # once per visit
+    in_order = cells[0][:n]  # everybody has a first visit
+    level, own_level, drift = level[in_order], own_level[in_order], drift[in_order]
+    drug = np.zeros(n)  # how strongly the last dose still acts, 0 to 1
+    vitals = np.zeros((len(gap), VITALS))
+    end = 0
+    for still in visit.sum(axis=0):  # the first so many patients come once more
+        start, end = end, end + still
+        now = slice(start, end)
+        kept = np.exp(-gap[now, None] / 90)
+        target = own_level[:still] + drift[:still, None] * drift_of_vital * day[now, None] / WINDOW_DAYS
+        target = target + drug[:still, None] * drug_on_vital
+        level = target + kept * (level[:still] - target) + np.sqrt(1.05 - kept**2) * shock[now]
+        vitals[now] = level
+        written[now, 0] = np.where(treats[now] & (level[:, 0] > 0.8), DRUG, written[now, 0])
+        written[now, 1] = np.where(diagnoses[now], DIAGNOSIS, written[now, 1])
+        written[now] *= recorded[now]
+        drug = np.where((written[now] == DRUG).any(axis=1), 1.0, drug[:still] * np.exp(-gap[now] / 60))
+
+    written.sort(axis=1)
+    written[:, 1:][written[:, 1:] == written[:, :-1]] = 0  # once per visit
+    codes = np.zeros((n, T, CODES_PER_VISIT), np.int16)
+    codes[cells] = written
     return codes, vitals
 
 
@@ -172,14 +194,16 @@ def _ordinary_codes(recipe: SiteRecipe, uniform: FloatArray) -> npt.NDArray[np.i
     return np.asarray(code_of_rank[rank])
 
 
-def label_probability(records: Records, recipe: SiteRecipe, signal: float) -> FloatArray:
-    """P(label = 1 | record) at a site, [n], recording errors included."""
-    disease = _sigmoid(signal * score(records) + intercept(recipe, signal))
+def label_probability(scores: FloatArray, recipe: SiteRecipe, signal: float, order: float = 1.0) -> FloatArray:
+    """P(label = 1 | record) at a site, [n], recording errors included, for records of these `score`s of this order."""
+    disease = sigmoid(signal * scores + intercept(recipe, signal, order))
     return disease * (1 - recipe.missed_label_rate) + (1 - disease) * recipe.false_label_rate
 
 
-def score(records: Records) -> FloatArray:
+def score(records: Records, order: float = 1.0) -> FloatArray:
     """Log-odds of disease up to factor and intercept, [n], from the observed record alone.
+
+    `order` is a factor on the two terms that a bag of codes and means cannot see: trend, and drug after diagnosis.
 
     Every term is put on a fixed scale (about mean 0, sd 1 at an average hospital), never on the cohort's own.
     """
@@ -203,8 +227,8 @@ def score(records: Records) -> FloatArray:
     watched = (~np.isnan(records.vitals[..., 3])).sum(axis=1) / records.visit.sum(axis=1)
     return np.asarray(
         0.75 * (risk - 0.35) / 0.55
-        + 0.9 * trend / 0.55
-        - 1.3 * treated_after
+        + 0.9 * trend / 0.55 * order
+        - 1.3 * treated_after * order
         + 0.3 * (busy - 1.1) / 0.45
         + 0.35 * (watched - 0.5) / 0.2
         + 0.45 * (records.age.astype(np.float64) - 62) / 14
@@ -223,19 +247,29 @@ def _shrunk_mean(value: FloatArray, weight: FloatArray) -> FloatArray:
 
 
 @functools.cache
-def intercept(recipe: SiteRecipe, signal: float) -> float:
+def intercept(recipe: SiteRecipe, signal: float, order: float = 1.0) -> float:
     """The intercept that gives a site its prevalence, solved on a reference draw that no cohort shares."""
+    return solve_intercept(signal * score(reference_records(recipe), order), recipe.prevalence)
+
+
+def reference_records(recipe: SiteRecipe) -> Records:
+    """Records of a site that no cohort shares, the same for every seed."""
     random = np.random.Generator(np.random.Philox(key=list(REFERENCE_KEY)))
-    reference = signal * score(draw_records(recipe, REFERENCE_PATIENTS, random))
+    return draw_records(recipe, REFERENCE_PATIENTS, random)
+
+
+def solve_intercept(log_odds: FloatArray, prevalence: float) -> float:
+    """What must be added to `log_odds` [n] for a mean probability of `prevalence`."""
     low, high = -50.0, 50.0
     for _ in range(60):
         middle = (low + high) / 2
-        if _sigmoid(reference + middle).mean() > recipe.prevalence:
+        if sigmoid(log_odds + middle).mean() > prevalence:
             high = middle
         else:
             low = middle
     return (low + high) / 2
 
 
-def _sigmoid(x: FloatArray) -> FloatArray:
+def sigmoid(x: FloatArray) -> FloatArray:
+    """Probability of a log-odds."""
     return 1 / (1 + np.exp(-x))

@@ -222,7 +222,7 @@ def _numbered(values: pl.Series) -> tuple[npt.NDArray[np.int64], int]:
 
 
 def _named(home: pl.Series, kind: str) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """Sites from the names of hospitals: lower case, what is neither letter nor digit becomes `-`; `icutype-1` for 1."""
+    """Sites from the names of hospitals; one that is a number gets the word for it: `icutype-1`."""
     distinct = home.unique().sort()
     if len(distinct) > MOST_SITES:
         raise ConfigurationError(f"{len(distinct)} different hospitals, at most {MOST_SITES}; that is no site column")
@@ -237,7 +237,7 @@ def _named(home: pl.Series, kind: str) -> tuple[list[str], npt.NDArray[np.int64]
 
 
 def _word(text: str) -> str:
-    """A name that a study can have for a site."""
+    """A name that a study can have for a site: lower case, what is neither letter nor digit becomes `-`."""
     return re.sub(r"[^a-z0-9_]+", "-", text.lower()).strip("-_")[:64] or "unnamed"
 
 

@@ -26,6 +26,10 @@ class SiteRecipe:
         missed_label_rate: P(label 0 | disease).
         false_label_rate: P(label 1 | no disease).
         code_rotation: By how many places the rarer codes are rotated (coding habit).
+        local_code_share: Share of the common codes that are written by a local code of the hospital's own (coding
+            habit): `CODE//12.1` for `CODE//12`.
+        measurement_frequency: Odds of measuring a vital at a visit, relative to the usual.
+        female_share: P(female).
     """
 
     name: str
@@ -36,6 +40,9 @@ class SiteRecipe:
     missed_label_rate: float = 0.0
     false_label_rate: float = 0.0
     code_rotation: int = 0
+    local_code_share: float = 0.0
+    measurement_frequency: float = 1.0
+    female_share: float = 0.5
 
     def __post_init__(self) -> None:
         where = f"site recipe {self.name!r}"
@@ -54,6 +61,11 @@ class SiteRecipe:
                 raise ConfigurationError(f"{where}: {rate}={getattr(self, rate)} must lie in [0, 0.5)")
         if self.code_rotation < 0:
             raise ConfigurationError(f"{where}: code_rotation={self.code_rotation} must not be negative")
+        if not 0 < self.measurement_frequency <= 10:
+            raise ConfigurationError(f"{where}: measurement_frequency={self.measurement_frequency} must lie in (0, 10]")
+        for share in ("local_code_share", "female_share"):
+            if not 0 <= getattr(self, share) <= 1:
+                raise ConfigurationError(f"{where}: {share}={getattr(self, share)} must lie in [0, 1]")
 
     @property
     def recorded_prevalence(self) -> float:
@@ -70,12 +82,14 @@ class Preset:
         sites: The hospitals; a site's place is part of its random key, so append, never insert.
         signal: Strength of the label mechanism, a factor on the whole score; 1.4 allows an AUROC of about
             .865.
+        order: Strength of the terms that need the order of events, a factor on these alone.
         held_out_ratio: Held-out patients per training patient, from the same site.
     """
 
     name: str
     sites: tuple[SiteRecipe, ...]
     signal: float = 1.4
+    order: float = 1.0
     held_out_ratio: float = 2.0
 
     def __post_init__(self) -> None:
