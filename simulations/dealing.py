@@ -72,7 +72,9 @@ def home_by_column(events: pl.DataFrame, patients: pl.Series, column: str) -> pl
     if column not in events.columns:
         raise DataError(f"the events have no column `{column}`; their columns are {', '.join(events.columns)}")
     counted = events.select(SUBJECT_ID, pl.col(column).cast(pl.String).alias("home")).drop_nulls()
-    counted = counted.group_by(SUBJECT_ID, "home").len().sort(SUBJECT_ID, -pl.col("len"), "home")
+    counted = (
+        counted.group_by(SUBJECT_ID, "home").len().sort(SUBJECT_ID, "len", "home", descending=[False, True, False])
+    )
     return _home_of(counted, patients, f"a value in column `{column}`")
 
 

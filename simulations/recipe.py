@@ -1,7 +1,8 @@
 """What makes one virtual hospital differ from another, and the named sets of hospitals.
 
 `medium` and `twelve` are the settings on which the default plan and every accuracy goal of wardround were
-measured; their numbers are fixed, because a curve is comparable only with curves of the same hospitals.
+measured; their numbers are fixed, because a curve is comparable only with curves of the same hospitals. `easy` is
+for curves that should not lie flat at small epsilon, `hard` for what goes wrong in practice (docs/cohort.md).
 """
 
 from __future__ import annotations
@@ -102,6 +103,14 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
+        # As `medium`, with a stronger label of which less depends on order, similar hospitals, hardly any errors.
+        #      name     patients prevalence shift visits missed false rotation
+        Preset("easy", (
+            SiteRecipe("north", 4000, 0.15,  0.0, 1.0, 0.00, 0.00,  0),
+            SiteRecipe("east",  2500, 0.20,  0.4, 1.2, 0.00, 0.00,  0),
+            SiteRecipe("south", 1500, 0.12, -0.3, 0.8, 0.00, 0.00, 20),
+            SiteRecipe("west",   800, 0.18,  0.2, 1.0, 0.02, 0.00,  0),
+        ), signal=2.2, order=0.5),
         # Four hospitals of unequal size and habit: 8,800 training patients.
         #      name     patients prevalence shift visits missed false rotation
         Preset("medium", (
@@ -110,6 +119,14 @@ PRESETS: dict[str, Preset] = {
             SiteRecipe("south", 1500, 0.06, -0.5, 0.7, 0.00, 0.00, 60),
             SiteRecipe("west",   800, 0.15,  0.3, 1.0, 0.10, 0.02, 20),
         )),
+        # A quarter of the patients, and hospitals that code, measure and err differently: 2,200 training patients.
+        #      name     patients prevalence shift visits missed false rotation local measured female
+        Preset("hard", (
+            SiteRecipe("north", 1000, 0.12,  0.0, 1.0, 0.05, 0.01,   0, 0.0, 1.0, 0.50),
+            SiteRecipe("east",   600, 0.20,  1.0, 1.5, 0.10, 0.02,   0, 0.5, 1.5, 0.45),
+            SiteRecipe("south",  400, 0.06, -0.8, 0.7, 0.05, 0.00,  60, 0.0, 0.6, 0.60),
+            SiteRecipe("west",   200, 0.15,  0.5, 1.0, 0.15, 0.03, 120, 1.0, 1.0, 0.50),
+        ), order=1.2),
         # Many small hospitals: 10,994 training patients, the smallest 307.
         Preset("twelve", (
             SiteRecipe("site-01",  443, 0.12,  0.64, 1.0, 0.00, 0.01, 60),

@@ -2,7 +2,7 @@
 
 import typer
 
-from simulations.commands import run
+from simulations.commands import cohort, partition, run
 
 app = typer.Typer(
     name="simulate",
@@ -10,5 +10,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.callback()(lambda: None)  # keeps `run` a sub-command while it is the only one
 app.command("run")(run.command)
+app.command("cohort")(cohort.command)
+app.command("partition")(partition.command)
