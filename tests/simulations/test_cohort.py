@@ -25,7 +25,16 @@ from sklearn.linear_model import LogisticRegression
 
 from common.errors import ConfigurationError, DataError
 from common.metrics import auroc
-from simulations.cohort import CODES, SiteRecords, best_possible, generate_site, read_truth, write_cohort
+from simulations.cohort import (
+    BINARY_TASKS,
+    CODES,
+    SiteRecords,
+    best_possible,
+    generate_site,
+    read_truth,
+    true_tasks,
+    write_cohort,
+)
 from simulations.recipe import PRESETS, Preset, SiteRecipe
 
 MEDIUM = PRESETS["medium"]
@@ -57,7 +66,8 @@ def test_every_table_is_valid_meds(folders: list[Path]) -> None:
     """All tables and the description of each site pass the schemas of the `meds` package."""
     for folder in folders:
         DataSchema.validate(pq.read_table(folder / "data" / "0.parquet"))
-        LabelSchema.validate(pq.read_table(folder / "labels" / "diagnosis.parquet"))
+        for labels in (folder / "labels").iterdir():
+            LabelSchema.validate(pq.read_table(labels))
         SubjectSplitSchema.validate(pq.read_table(folder / "metadata" / "subject_splits.parquet"))
         CodeMetadataSchema.validate(pq.read_table(folder / "metadata" / "codes.parquet"))
         DatasetMetadataSchema.validate(json.loads((folder / "metadata" / "dataset.json").read_text()))
@@ -122,6 +132,9 @@ def test_only_truth_parquet_knows_the_truth(folders: list[Path]) -> None:
         assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()) == [
             "data/0.parquet",
             "labels/diagnosis.parquet",
+            "labels/next_visit.parquet",
+            *(f"labels/phenotype_{number}.parquet" for number in range(10)),
+            "labels/time_to_readmission.parquet",
             "metadata/codes.parquet",
             "metadata/dataset.json",
             "metadata/subject_splits.parquet",
@@ -216,22 +229,15 @@ def test_best_possible_auroc_of_medium(seed: int) -> None:
     assert abs(best_possible(probability) - 0.865) < 0.003
 
 
-def test_best_possible_is_the_mean_over_redrawn_labels() -> None:
-    """The analytic optimum agrees with the AUROC of the probability averaged over labels drawn from it."""
-    rng = np.random.default_rng(0)
-    p = np.round(rng.beta(1, 5, 400), 2)  # ties
-    drawn = [auroc(rng.random(400) < p, p) for _ in range(2000)]
-    assert abs(best_possible(p) - np.mean(drawn)) < 4 * np.std(drawn) / np.sqrt(2000) + 5e-4  # ratio of means
-
-
-def test_best_possible_by_hand() -> None:
-    """Two patients of probability .2 and .6: right order .6 x .8, wrong order .2 x .4."""
-    assert best_possible([0.2, 0.6]) == pytest.approx(0.48 / (0.48 + 0.08))
-    assert best_possible([0.3, 0.3, 0.3]) == pytest.approx(0.5)
-    assert best_possible([0.0, 0.0, 1.0]) == pytest.approx(1.0)
-    for impossible in ([], [0.4], [0.0, 0.0], [0.5, 1.5], [0.5, np.nan]):
-        with pytest.raises(DataError):
-            best_possible(impossible)
+@pytest.mark.parametrize(("name", "best"), [("easy", 0.90), ("hard", 0.86)])
+def test_best_possible_auroc_of_easy_and_hard(name: str, best: float) -> None:
+    """The pooled optimum of `easy` is .90, of `hard` .86."""
+    preset = PRESETS[name]
+    probability = [
+        generate_site(recipe, 0, index, signal=preset.signal, order=preset.order, held_out_ratio=1).probability
+        for index, recipe in enumerate(preset.sites)
+    ]
+    assert abs(best_possible(np.concatenate(probability)) - best) < 0.01
 
 
 def test_a_model_without_order_leaves_headroom() -> None:
@@ -281,14 +287,14 @@ def test_an_interrupted_write_leaves_nothing(
 
     def fails_at_the_second_site(table: object, path: Path, **options: object) -> None:
         calls.append(path)
-        if len(calls) > 7:
+        if len(calls) > 20:  # 17 files a site
             raise failure
         write(table, path, **options)
 
     monkeypatch.setattr(pq, "write_table", fails_at_the_second_site)
     with pytest.raises(ConfigurationError if isinstance(failure, OSError) else KeyboardInterrupt):
         write_cohort(MEDIUM, 0, tmp_path / "cohort", scale=0.01)
-    assert len(calls) == 8
+    assert len(calls) == 21
     assert list(tmp_path.iterdir()) == []
 
 
@@ -309,6 +315,29 @@ def test_a_real_hospital_has_no_truth(tmp_path: Path) -> None:
     """A folder without truth.parquet is refused with the reason."""
     with pytest.raises(DataError, match="wardround simulate"):
         read_truth(tmp_path)
+    assert true_tasks(tmp_path) == ()
+
+
+def test_each_binary_task_has_its_own_truth(folders: list[Path]) -> None:
+    """Truth is read by task; a task without an exact probability is refused with the names of those that have one."""
+    table = pl.read_parquet(folders[0] / "truth.parquet")
+    assert true_tasks(folders[0]) == BINARY_TASKS
+    assert read_truth(folders[0]).equals(table.select("subject_id", "probability"))
+    assert read_truth(folders[0], "phenotype_3")["probability"].equals(table["phenotype_3"].rename("probability"))
+    with pytest.raises(DataError, match="task next_visit; it has diagnosis, phenotype_0"):
+        read_truth(folders[0], "next_visit")
+
+
+def test_chosen_sites_are_those_of_the_whole_cohort(folders: list[Path], tmp_path: Path) -> None:
+    """Writing some of the sites gives the same bytes; a site that the preset lacks is refused."""
+    some = write_cohort(MEDIUM, 5, tmp_path / "some", scale=0.05, sites=("west", "east"))
+    assert [folder.name for folder in some] == ["east", "west"]
+    for folder, whole in zip(some, (folders[1], folders[3]), strict=True):
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            assert path.read_bytes() == (whole / path.relative_to(folder)).read_bytes()
+    for wrong in (("wset",), ()):
+        with pytest.raises(ConfigurationError, match="has north, east, south, west"):
+            write_cohort(MEDIUM, 5, tmp_path / "none", scale=0.05, sites=wrong)
 
 
 def test_generation_imports_no_training_library() -> None:

@@ -26,6 +26,13 @@ def test_twelve_has_many_small_hospitals() -> None:
     assert (len(sizes), min(sizes), max(sizes), sum(sizes)) == (12, 307, 2439, 10_994)
 
 
+def test_easy_and_hard_are_sites_of_the_same_names() -> None:
+    """Presets easy, medium and hard have the same four hospitals by name; hard has a quarter of the patients."""
+    easy, medium, hard = (find_preset(name) for name in ("easy", "medium", "hard"))
+    assert [[site.name for site in preset.sites] for preset in (easy, hard)] == [[s.name for s in medium.sites]] * 2
+    assert [sum(site.patients for site in preset.sites) for preset in (easy, medium, hard)] == [8800, 8800, 2200]
+
+
 def test_recorded_prevalence_includes_recording_errors() -> None:
     """The share of labels is prevalence (1 - missed) + (1 - prevalence) false."""
     east = find_preset("medium").sites[1]
@@ -54,6 +61,10 @@ def test_an_unknown_preset_is_refused_with_the_nearest_name() -> None:
         {"missed_label_rate": 0.5},
         {"false_label_rate": -0.1},
         {"code_rotation": -1},
+        {"local_code_share": 1.1},
+        {"measurement_frequency": 0.0},
+        {"measurement_frequency": float("nan")},
+        {"female_share": -0.1},
     ],
 )
 def test_a_recipe_out_of_range_is_refused_by_name(wrong: dict[str, Any]) -> None:
