@@ -17,17 +17,22 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def _exact(rows: Rows, A: Tensor, factors: list[Factor]) -> tuple[Tensor, Tensor]:
-    """Norm and gross norm [P] of the products, written out in float64."""
+    """Norm and gross norm [P] of the products, written out in float64.
+
+    The gross norm is the largest that either form may report: each row's outputs, all columns, by all of its inputs.
+    """
     net, gross = torch.zeros(rows.count, dtype=torch.float64), torch.zeros(rows.count, dtype=torch.float64)
     for patient in range(rows.count):
         mine = rows.patient == patient
+        inputs = torch.zeros(int(mine.sum()), dtype=torch.float64)
         for factor in factors:
             a = A[mine, factor.first : factor.last].double()
             ones = torch.ones(len(a), int(factor.bias), dtype=torch.float64)
             x = torch.cat([*([] if factor.X is None else [factor.X[mine].double()]), ones], dim=1)
             net[patient] += (a.t() @ x).square().sum()
-            gross[patient] += (a.norm(dim=1) * x.norm(dim=1)).sum().square()
-    return net.sqrt(), gross.sqrt()
+            inputs += x.square().sum(1)
+        gross[patient] = (A[mine].double().norm(dim=1) * inputs.sqrt()).sum()
+    return net.sqrt(), gross
 
 
 def _check(rows: Rows, A: Tensor, factors: list[Factor]) -> None:
