@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from client.policy import Policy
+from client.readers.formats import Format
 from common.errors import ConfigurationError
 from common.terms import Terms, load
 
@@ -83,6 +84,7 @@ class SiteFile(Terms):
         site: this hospital's name in the study.
         study: path of the study file as the coordinator gave it.
         records: MEDS directory with the site's own records.
+        format: what the raw extract looks like from which `wardround client convert` writes such a directory.
         splits: which of its patients train.
         exclude: file with the patients who opted out: one column `subject_id`; they are dropped before anything else.
         policy: this site's own limits; they win over the study.
@@ -100,6 +102,7 @@ class SiteFile(Terms):
     site: str = Field(pattern=NAME)
     study: str
     records: str
+    format: Format | None = None
     splits: tuple[Literal["train", "tuning"], ...] = Field(default=("train",), min_length=1)
     exclude: str | None = None
     policy: Policy

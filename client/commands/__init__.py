@@ -2,7 +2,7 @@
 
 import typer
 
-from client.commands import budget, enrol, keygen, leave, run
+from client.commands import budget, convert, enrol, keygen, leave, run
 
 app = typer.Typer(
     name="client",
@@ -10,6 +10,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command("convert")(convert.command)
 app.command("keygen")(keygen.command)
 app.command("enrol")(enrol.command)
 app.command("run")(run.command)
