@@ -61,6 +61,19 @@ class Columns:
         )
         return number
 
+    def whole(self, cells: pl.Series, where: str) -> pl.Series:
+        """Whole numbers, Int64, also written `8507.0`; missing ones are null. Raises DataError for what is none."""
+        if cells.dtype == pl.String:
+            text = self._text(cells).str.replace(r"\.0*$", "")
+            number = text.cast(pl.Int64, strict=False)
+            lost = number.null_count() - text.null_count()
+        else:
+            found = cells.fill_nan(None) if cells.dtype.is_float() else cells
+            number = found.cast(pl.Int64, strict=False)
+            lost = int(((number.cast(found.dtype, strict=False) != found) & found.is_not_null()).fill_null(True).sum())
+        _refuse(where, lost, len(cells), "is no whole number of 64 bits; correct it")
+        return number
+
     def numbers(self, cells: pl.Series, where: str, *, refuse: bool = True) -> pl.Series:
         """Numbers, Float64; missing ones and NaN are null. Raises DataError for what is none, or infinite.
 

@@ -94,11 +94,10 @@ def _when(value: Any) -> Any:
 Time = Annotated[When, BeforeValidator(_when)]
 
 
-class Files(Terms):
-    """Tables on disk: CSV, CSV.gz or Parquet. What is said of CSV does not matter for Parquet.
+class Csv(Terms):
+    """How CSV is written; does not matter for Parquet.
 
     Attributes:
-        files: paths or patterns (`labs/*.csv.gz`); those that are not absolute count from the folder of this YAML.
         separator: between two columns.
         quote: `none` if `"` is an ordinary character.
         multiline: a quoted field may hold line breaks. Off by default: a stray `"` would swallow the rows after it.
@@ -108,7 +107,6 @@ class Files(Terms):
             also sodium.
     """
 
-    files: Names
     separator: Literal[",", ";", "\t", "|"] = ","
     quote: Literal["double", "none"] = "double"
     multiline: bool = False
@@ -116,11 +114,15 @@ class Files(Terms):
     decimal: Literal[".", ","] = "."
     missing: tuple[str, ...] = ("NA", "N/A", "NaN", "nan", "NULL", "null", "None")
 
-    @model_validator(mode="after")
-    def _apart(self) -> Self:
-        if self.separator == self.decimal:
-            raise ValueError("separator and decimal are both `,`; correct one of them")
-        return self
+
+class Files(Csv):
+    """Tables on disk: CSV, CSV.gz or Parquet.
+
+    Attributes:
+        files: paths or patterns (`labs/*.csv.gz`); those that are not absolute count from the folder of this YAML.
+    """
+
+    files: Names
 
 
 class LabelFiles(Files):
@@ -276,7 +278,7 @@ class PhysioNet2019(Extracted):
     carry_label: bool = False
 
 
-class Omop(Extracted):
+class Omop(Extracted, Csv):
     """An OMOP CDM 5.3 or 5.4: a folder with a CSV or Parquet file per table, or a database that DuckDB attaches.
 
     Attributes:
@@ -291,6 +293,7 @@ class Omop(Extracted):
     """
 
     kind: Literal["omop"]
+    multiline: bool = True
     folder: str | None = None
     database: str | None = None
     database_type: Literal["duckdb", "postgres", "sqlite"] = "duckdb"

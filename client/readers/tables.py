@@ -28,7 +28,7 @@ import pyarrow as pa  # type: ignore[import-untyped]  # pyarrow ships no types
 import pyarrow.csv as pc  # type: ignore[import-untyped]  # same
 import pyarrow.parquet as pq  # type: ignore[import-untyped]  # same
 
-from client.readers.formats import Files
+from client.readers.formats import Csv, Files
 from common.errors import DataError
 
 BLOCK_BYTES = 1 << 24  # of text; also the longest line that can be read
@@ -56,7 +56,7 @@ def _matches(name: str, base: Path) -> list[Path]:
     return matches
 
 
-def blocks(path: Path, columns: list[str], terms: Files) -> Iterator[pl.DataFrame]:
+def blocks(path: Path, columns: list[str], terms: Csv) -> Iterator[pl.DataFrame]:
     """The columns of a file, each once, a block of rows at a time: text from CSV, typed from Parquet.
 
     Raises:
@@ -64,6 +64,18 @@ def blocks(path: Path, columns: list[str], terms: Files) -> Iterator[pl.DataFram
     """
     wanted = list(dict.fromkeys(columns))
     return _parquet(path, wanted) if path.suffix == ".parquet" else _csv(path, wanted, terms)
+
+
+def names_of(path: Path, terms: Csv) -> list[str]:
+    """The columns of a file. Raises DataError if it cannot be read."""
+    try:
+        if path.suffix == ".parquet":
+            with pq.ParquetFile(path) as file:
+                return list(file.schema_arrow.names)
+        with _open(path) as raw:
+            return _header(path, raw, terms)
+    except _FAULTS as error:
+        raise DataError(f"{path}: cannot be read ({type(error).__name__}); write the file again") from None
 
 
 def _parquet(path: Path, columns: list[str]) -> Iterator[pl.DataFrame]:
@@ -76,10 +88,9 @@ def _parquet(path: Path, columns: list[str]) -> Iterator[pl.DataFrame]:
         raise DataError(f"{path}: cannot be read as Parquet ({type(error).__name__}); write the file again") from None
 
 
-def _csv(path: Path, columns: list[str], terms: Files) -> Iterator[pl.DataFrame]:
+def _csv(path: Path, columns: list[str], terms: Csv) -> Iterator[pl.DataFrame]:
     try:
-        with _open(path) as raw:
-            names = _header(path, raw, terms)
+        names = names_of(path, terms)
         hint = f"; is `{terms.separator}` the separator?" if len(names) == 1 else ""
         _require(path, names, columns, hint)
         with _open(path) as raw:
@@ -88,7 +99,7 @@ def _csv(path: Path, columns: list[str], terms: Files) -> Iterator[pl.DataFrame]
         raise DataError(f"{path}: cannot be read ({type(error).__name__}); write the file again") from None
 
 
-def parse(raw: IO[bytes], source: str, names: list[str], columns: list[str], terms: Files) -> Iterator[pl.DataFrame]:
+def parse(raw: IO[bytes], source: str, names: list[str], columns: list[str], terms: Csv) -> Iterator[pl.DataFrame]:
     """The columns of CSV text with a header line, as text, a block at a time.
 
     Args:
@@ -129,7 +140,7 @@ def parse(raw: IO[bytes], source: str, names: list[str], columns: list[str], ter
     watched.check()
 
 
-def _fault(said: str, terms: Files) -> str:
+def _fault(said: str, terms: Csv) -> str:
     """What pyarrow found, without what it quotes."""
     if "UTF8" in said or "decode" in said:
         return f"is not {terms.encoding} text; set `encoding`, such as latin-1"
@@ -143,7 +154,7 @@ def _fault(said: str, terms: Files) -> str:
 class _Watched(io.RawIOBase):
     """A stream of bytes that is looked at while it is read: NUL bytes, and quotation marks that are not closed."""
 
-    def __init__(self, raw: IO[bytes], source: str, terms: Files) -> None:
+    def __init__(self, raw: IO[bytes], source: str, terms: Csv) -> None:
         super().__init__()
         self._raw, self._source, self._terms = raw, source, terms
         self._open = False  # inside of quotation marks, where the last piece ended
@@ -190,7 +201,7 @@ def _open(path: Path) -> IO[bytes]:
     return bz2.open(path, "rb") if path.suffix == ".bz2" else path.open("rb")
 
 
-def _header(path: Path, raw: IO[bytes], terms: Files) -> list[str]:
+def _header(path: Path, raw: IO[bytes], terms: Csv) -> list[str]:
     """The names in the first line."""
     encoding = "utf-8-sig" if terms.encoding == "utf-8" else terms.encoding
     line = raw.readline(BLOCK_BYTES)

@@ -217,7 +217,6 @@ def test_zones_in_some_times_only_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"decimal": ","}, "both `,`"),
         ({"time": {"column": "when", "each": 2}}, "`unit`"),
         ({"time": {"column": "when", "unit": "days", "format": "%d"}}, "exclude each other"),
         ({"code": []}, "list at least one"),
