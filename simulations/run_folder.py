@@ -20,11 +20,13 @@ import yaml
 from rich.table import Table
 
 from common.errors import ConfigurationError
+from common.privacy.accounting import epsilon_of
 from common.provenance import code_digest
 from common.report.figures import rounds_figure
 from common.study import Study
 from common.weights import to_bytes
-from simulations.experiment import Progress, Result, SiteScore
+from simulations.experiment import Progress, Result
+from simulations.rows import SiteRow
 from simulations.seeded import STAMP
 
 VERSIONS = ("wardround", "torch", "opacus", "flwr", "dp-accounting", "numpy", "polars")
@@ -80,8 +82,8 @@ def finish(out: Path, result: Result, lines: dict[str, Result]) -> None:
         "plan": {name: _number(value) for name, value in vars(result.study.plan()).items()},
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
-        "table": [_row(score) for score in result.scores],
-        "lines": {name: [_row(score) for score in line.scores] for name, line in lines.items()},
+        "table": _table(result),
+        "lines": {name: _table(line) for name, line in lines.items()},
     }
     (out / "run.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
@@ -92,23 +94,30 @@ def stamps(study: Study) -> list[str]:
     return [first] if study.simulation.cohort else [first, RESEARCH]
 
 
-def table(scores: list[SiteScore], title: str) -> Table:
+def table(result: Result, title: str) -> Table:
     """The final table for a terminal."""
+    epsilon = epsilon_of(result.study.plan())
     out = Table(title=title, title_justify="left")
     out.add_column("site", overflow="fold")
     for column in ("declared patients", "epsilon", "AUROC [95 % interval]", "best possible"):
         out.add_column(column, justify="right", no_wrap=column.startswith("AUROC"))
-    for score in scores:
-        if score.site == scores[-1].site:
+    for score in result.scores:
+        if score is result.scores[-1]:
             out.add_section()
+        low, value, high = (shown(number) for number in (score.auroc.low, score.auroc.value, score.auroc.high))
         out.add_row(
             score.site,
             f"{score.declared_patients:,}",
-            "none" if math.isinf(score.epsilon) else f"{math.ceil(score.epsilon * 1000) / 1000:.3f}",
-            f"{score.auroc.value:.3f} [{score.auroc.low:.3f}, {score.auroc.high:.3f}]",
+            "none" if math.isinf(epsilon) else f"{math.ceil(epsilon * 1000) / 1000:.3f}",
+            f"{value} [{low}, {high}]",
             "unknown" if score.best_possible is None else f"{score.best_possible:.3f}",
         )
     return out
+
+
+def shown(number: float | None) -> str:
+    """A metric to three digits, or a dash where it has no value."""
+    return "-" if number is None else f"{number:.3f}"
 
 
 def spent(epsilon: dict[str, float]) -> str:
@@ -125,7 +134,7 @@ def lines_table(result: Result, lines: dict[str, Result]) -> Table:
     A site alone is scored on its own patients; the `alone` lines make one row.
     """
     sites = [score.site for score in result.scores]
-    rows: dict[str, dict[str, float]] = {
+    rows: dict[str, dict[str, float | None]] = {
         result.study.training.recipe: {score.site: score.auroc.value for score in result.scores}
     }
     for name, line in lines.items():
@@ -139,18 +148,26 @@ def lines_table(result: Result, lines: dict[str, Result]) -> Table:
     for site in sites:
         out.add_column(site, justify="right")
     for name, scores in rows.items():
-        out.add_row(name, *(f"{scores[site]:.3f}" if site in scores else "" for site in sites))
+        out.add_row(name, *(shown(scores[site]) if site in scores else "" for site in sites))
     return out
 
 
-def _row(score: SiteScore) -> dict[str, object]:
+def _table(result: Result) -> list[dict[str, object]]:
+    """The scores as data; every site of a study has the same epsilon."""
+    epsilon = _number(epsilon_of(result.study.plan()))
+    return [_row(score, epsilon) for score in result.scores]
+
+
+def _row(score: SiteRow, epsilon: float | None) -> dict[str, object]:
     return {
         "site": score.site,
         "declared_patients": score.declared_patients,
-        "epsilon": _number(score.epsilon),
-        "auroc": _number(score.auroc.value),
-        "auroc_low": _number(score.auroc.low),
-        "auroc_high": _number(score.auroc.high),
+        "epsilon": epsilon,
+        "auroc": score.auroc.value,
+        "auroc_low": score.auroc.low,
+        "auroc_high": score.auroc.high,
+        "auprc": score.auprc.value,
+        "brier": score.brier.value,
         "best_possible": score.best_possible,
     }
 

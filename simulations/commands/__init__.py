@@ -2,7 +2,7 @@
 
 import typer
 
-from simulations.commands import cohort, partition, run
+from simulations.commands import cohort, partition, run, sweep
 
 app = typer.Typer(
     name="simulate",
@@ -11,5 +11,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("run")(run.command)
+app.command("sweep")(sweep.command)
 app.command("cohort")(cohort.command)
 app.command("partition")(partition.command)

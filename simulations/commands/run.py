@@ -76,7 +76,7 @@ def command(
         scored_on = HeldOut(Hospitals(line.model_copy(update={"sites": terms.sites}), directories, chosen_seed))
         others[name] = simulate(Hospitals(line, directories, chosen_seed), workers=workers, held_out=scored_on)
     run_folder.finish(out, result, others)
-    console.print(run_folder.table(result.scores, f"{terms.name}, seed {chosen_seed}: held-out patients"))
+    console.print(run_folder.table(result, f"{terms.name}, seed {chosen_seed}: held-out patients"))
     if others:
         console.print(run_folder.lines_table(result, others))
     console.print(f"epsilon: per patient, add or remove one, delta {terms.privacy.delta}", highlight=False)
