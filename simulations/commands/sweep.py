@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from simulations.rows import Row
     from simulations.sweep_folder import SweepFolder
 
+ENOUGH = 0.05  # of the work, before its speed says something about the rest
+
 
 def command(
     sweep: Annotated[Path, typer.Argument(help="Sweep file (YAML); it names its study.")],
@@ -83,7 +85,8 @@ def _run(console: Console, folder: SweepFolder, jobs: list[Job], workers: int, e
         else:
             folder.store(job, answer)
             told = _told(answer)
-        left = "" if number == len(jobs) else f"; about {_minutes(passed / done * (total - done))} left"
+        told_enough = ENOUGH * total < done < total  # the first rows also read the records
+        left = f"; about {_minutes(passed / done * (total - done))} left" if told_enough else ""
         console.print(f"[{number}/{len(jobs)}] {job.title}: {told}{left}", highlight=False, markup=False)
     return failed
 
