@@ -2,7 +2,11 @@
 
 import typer
 
+<<<<<<< HEAD
 from simulations.commands import cohort, partition, run, sweep
+=======
+from simulations.commands import report, run
+>>>>>>> d9c8545 (Report of a sweep: one offline page, JSON and CSV from the same content)
 
 app = typer.Typer(
     name="simulate",
@@ -11,6 +15,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("run")(run.command)
+<<<<<<< HEAD
 app.command("sweep")(sweep.command)
 app.command("cohort")(cohort.command)
 app.command("partition")(partition.command)
+=======
+app.command("report")(report.command)
+>>>>>>> d9c8545 (Report of a sweep: one offline page, JSON and CSV from the same content)

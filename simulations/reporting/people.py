@@ -1,0 +1,194 @@
+"""For whom the model works, and whether its risks are true: subgroups and calibration."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+
+from common.report.chart import Axis, Chart, Point, Series, even_ticks
+from common.report.page import Block, Cell, Figure, Notice, Paragraph, Section, Table
+from common.report.words import UNKNOWN, about, budget, fixed, score, signed
+from simulations.reporting.curve import Spot, Sweep, auroc_at, spot
+from simulations.reporting.names import name_of
+from simulations.rows import MIN_EVENTS, Bin, CalibrationRow, Row, Subgroup
+
+MASKED = Cell("not shown")
+PLAIN = "federated-no-privacy"
+
+
+def subgroups_section(sweep: Sweep, at: float | None) -> Section | None:
+    """AUROC by sex and age band at the headline's budget, beside the same training without privacy."""
+    rows = sweep.pick(sweep.main, at)
+    groups = _groups(rows)
+    if not groups:
+        return None
+    plain = sweep.pick(PLAIN, None)
+    overall = auroc_at(rows)
+    columns = ["group", "patients", "with the diagnosis", "AUROC", "against all patients"]
+    columns += ["AUROC without privacy"] if plain else []
+    lines, behind = [], []
+    for attribute, group in groups:
+        own = _of(rows, attribute, group)
+        here = spot(each.auroc for each in own) if _shown(own) else None
+        name = f"{attribute}: {group}"
+        if here is None or overall is None:
+            lines.append((Cell(name), *(MASKED for _ in columns[1:])))
+            continue
+        apart = here.value - overall.value
+        if here.high is not None and here.high < overall.value:
+            behind.append(f"{name}: {fixed(here.value)} against {fixed(overall.value)} for all patients")
+        cells = [Cell(name), _mean_count(own, "patients"), _mean_count(own, "events"), _spot_cell(here), signed(apart)]
+        if plain:
+            without = _of(plain, attribute, group)
+            cells.append(_spot_cell(spot(each.auroc for each in without)) if _shown(without) else MASKED)
+        lines.append(tuple(cells))
+    blocks: list[Block] = [
+        Paragraph(
+            "Noise can weigh more on groups with few patients. These are groups of the held-out patients of all "
+            "hospitals; differences may come from the noise, from the data, or from what is harder to predict."
+        )
+    ]
+    if behind:
+        blocks.append(Notice("The model ranks some groups less well.", "; ".join(behind) + "."))
+    blocks.append(
+        Table(
+            "subgroups",
+            f"AUROC by group, epsilon {budget(at)}",
+            tuple(columns),
+            tuple(lines),
+            f"Line: {name_of(sweep.main)}. Groups with fewer than {MIN_EVENTS} patients with, or without, the "
+            "diagnosis are not shown; counts are rounded to tens.",
+        )
+    )
+    return Section("groups", "Groups of patients", tuple(blocks))
+
+
+def calibration_section(sweep: Sweep, at: float | None) -> Section | None:
+    """Whether the predicted risks are true: curve of one run, slope and intercept of all."""
+    rows = [row for row in sweep.pick(sweep.main, at) if row.calibration is not None]
+    if not rows or rows[0].calibration is None:
+        return None
+    first = rows[0].calibration
+    blocks: list[Block] = [
+        Paragraph(
+            "A risk of 20 % should mean that 20 of 100 such patients have the diagnosis. Slope 1 and intercept 0 are "
+            "ideal. A slope below 1: the risks are too extreme, high ones too high and low ones too low. A slope above "
+            "1: they are too timid. “In the large” below 0: risks are too high on average."
+        )
+    ]
+    if any(_readable(part) for part in first.bins):
+        blocks.append(
+            Figure(
+                _chart(first, at),
+                f"Predicted against observed risk, run with seed {rows[0].seed}, epsilon {budget(at)}. Groups of "
+                "equally many predictions; bars: 95 % interval of the observed share. On the dotted line, risks are "
+                "true.",
+                _bins_table(first),
+            )
+        )
+    blocks.append(_numbers_table(sweep))
+    return Section("calibration", "Are the risks true?", tuple(blocks))
+
+
+def _chart(calibration: CalibrationRow, at: float | None) -> Chart:
+    points = [Point(b.predicted, b.observed, b.low, b.high) for b in calibration.bins if _readable(b)]
+    top = min(1.0, -int(-10 * max([*(p.high or 0 for p in points), *(p.x for p in points)]) - 1) / 10)
+    percent = tuple((value, f"{100 * value:.0f} %") for value, _ in even_ticks(0, top, most=5))
+    return Chart(
+        name="calibration-curve",
+        title=f"Predicted and observed risk, epsilon {budget(at)}",
+        x=Axis("predicted risk", 0, top, percent),
+        y=Axis("observed share with the diagnosis", 0, top, percent),
+        series=(Series("Observed", tuple(points), strong=True),),
+        diagonal="Risks that are true",
+    )
+
+
+def _bins_table(calibration: CalibrationRow) -> Table:
+    return Table(
+        "calibration-data",
+        "Predicted and observed risk, groups from the lowest to the highest risk",
+        ("group", "predictions", "mean predicted risk", "observed"),
+        tuple(
+            (
+                Cell(str(number)),
+                about(part.sequences),
+                Cell(f"{100 * part.predicted:.1f} %", part.predicted),
+                Cell(
+                    f"{100 * part.observed:.1f} %",
+                    part.observed,
+                    part.low,
+                    part.high,
+                    f"{100 * part.low:.1f} to {100 * part.high:.1f} %",
+                )
+                if _readable(part)
+                else MASKED,
+            )
+            for number, part in enumerate(calibration.bins, start=1)
+        ),
+        f"Groups with fewer than {MIN_EVENTS} predictions with, or without, the diagnosis are not shown.",
+    )
+
+
+def _numbers_table(sweep: Sweep) -> Table:
+    lines = []
+    for epsilon in (*sweep.budgets, None):
+        known = [row.calibration for row in sweep.pick(sweep.main, epsilon) if row.calibration is not None]
+        if known:
+            lines.append(
+                (
+                    Cell(f"epsilon {budget(epsilon)}"),
+                    _mean_cell(each.slope for each in known),
+                    _mean_cell(each.intercept for each in known),
+                    _mean_cell(each.in_the_large for each in known),
+                )
+            )
+    return Table(
+        "calibration-numbers",
+        "Calibration at each epsilon",
+        ("budget", "slope (ideal 1)", "intercept (ideal 0)", "in the large (ideal 0)"),
+        tuple(lines),
+        f"Line: {name_of(sweep.main)}. Mean over the runs; below it the lowest and highest run.",
+    )
+
+
+def _mean_cell(values: Iterable[float | None]) -> Cell:
+    known = [value for value in values if value is not None]
+    if not known:
+        return Cell(UNKNOWN)
+    mean = statistics.fmean(known)
+    note = f"{fixed(min(known), 2)} to {fixed(max(known), 2)}" if len(known) > 1 else ""
+    return Cell(fixed(mean, 2), mean, note=note)
+
+
+def _readable(part: Bin) -> bool:
+    """Whether a bin has enough sequences with and without the label to be shown."""
+    positives = round(part.observed * part.sequences)
+    return min(positives, part.sequences - positives) >= MIN_EVENTS
+
+
+def _groups(rows: list[Row]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((each.attribute, each.group) for row in rows for each in row.subgroups))
+
+
+def _of(rows: list[Row], attribute: str, group: str) -> list[Subgroup]:
+    return [each for row in rows for each in row.subgroups if (each.attribute, each.group) == (attribute, group)]
+
+
+def _shown(groups: list[Subgroup]) -> bool:
+    """Whether every run has enough events and non-events; one that has not masks the group on the whole page."""
+    return bool(groups) and all(
+        each.patients is not None
+        and each.events is not None
+        and each.auroc is not None
+        and min(each.events, each.patients) >= MIN_EVENTS  # the row itself masks by non-events too
+        for each in groups
+    )
+
+
+def _mean_count(groups: list[Subgroup], what: str) -> Cell:
+    return about(round(statistics.fmean(getattr(each, what) for each in groups)))
+
+
+def _spot_cell(here: Spot | None) -> Cell:
+    return score(here.value, here.low, here.high) if here is not None else Cell(UNKNOWN)
