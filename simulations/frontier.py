@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from common.errors import ConfigurationError
 from common.report.data import to_csv, to_json
 from common.report.html import render
 from common.report.page import Page, Section
@@ -49,21 +50,30 @@ def write_report(rows: Sequence[Row], out: Path, origin: Origin | None = None) -
     return out / NAMES[0]
 
 
-def origin_of(folder: Path, rows: Sequence[Row]) -> Origin:
-    """What a sweep's folder says of how it was made: its two files, such that they alone make it again.
+def origin_of(folders: Sequence[Path], rows: Sequence[Row]) -> Origin:
+    """What folders of sweeps say of how they were made: their files, such that these alone make them again.
 
     Raises:
-        ConfigurationError: a file that is missing or cannot be read.
+        ConfigurationError: a file that is missing or cannot be read, or sweeps of different studies.
     """
-    sweep, study = read_yaml(folder / "sweep.yaml"), read_yaml(folder / "study.yaml")
+    first, *others = [load_study(folder / "study.yaml") for folder in folders]
+    for folder, study in zip(folders[1:], others, strict=True):
+        if study != first:
+            raise ConfigurationError(f"{folder}: another study than in {folders[0]}; make a report of each")
     data = " --data FOLDER" if any(row.research_mode for row in rows) else ""
+    names = [f"sweep-{number}" if others else "sweep" for number in range(1, len(folders) + 1)]
+    sweeps = [read_yaml(folder / "sweep.yaml") for folder in folders]
+    again = [f"runs/again-{name}" for name in names]
+    runs = [f"wardround simulate sweep {name}.yaml{data} --out {to}" for name, to in zip(names, again, strict=True)]
+    beside = "".join(f" --with {to}" for to in again[1:])
     return Origin(
-        study=load_study(folder / "study.yaml"),
-        files=(("sweep.yaml", _compact({**sweep, "study": "study.yaml"})), ("study.yaml", _compact(study))),
-        command=(
-            "# with the two files below, saved side by side\n"
-            f"wardround simulate sweep sweep.yaml{data} --out runs/again\n"
-            "wardround simulate report runs/again"
+        study=first,
+        files=(
+            *((f"{name}.yaml", _compact({**s, "study": "study.yaml"})) for name, s in zip(names, sweeps, strict=True)),
+            ("study.yaml", _compact(read_yaml(folders[0] / "study.yaml"))),
+        ),
+        command="\n".join(
+            ["# the files below, saved side by side", *runs, f"wardround simulate report {again[0]}{beside}"]
         ),
     )
 

@@ -10,7 +10,7 @@ from common.report.chart import Axis, Chart, Point, Series, even_ticks
 from common.report.page import Block, Bullets, Cell, Figure, Notice, Paragraph, Section, Table
 from common.report.words import UNKNOWN, budget, fixed, listed, score, signed
 from simulations.reporting.curve import ALONE, RECIPES, Gap, Spot, Sweep, auroc_at, best_possible, gap
-from simulations.reporting.names import ALONE_NAME, EXPLAINED, name_of
+from simulations.reporting.names import EXPLAINED, name_of
 
 COIN = 0.5
 LEVELS = ("best-possible", "prevalence")  # lines that no budget changes
@@ -42,7 +42,7 @@ def curve_lines(sweep: Sweep) -> list[Line]:
             found.append(Line(key, name_of(key), spots))
     alone = {e: s for e in places if (s := _alone(sweep, e)) is not None}
     if alone:
-        found.append(Line("alone", ALONE_NAME, alone))
+        found.append(Line("alone", name_of("alone"), alone))
     best = best_possible([row for row in sweep.rows if not row.line.startswith(ALONE)])
     if best is not None:
         found.append(Line("best-possible", name_of("best-possible"), {None: _exact(best)}, level=True))
@@ -55,9 +55,9 @@ def accuracy_section(sweep: Sweep, at: float | None) -> Section:
     lines = _from_best(curve_lines(sweep), at)
     caption = (
         "The higher, the more often the model gives the higher risk to the patient who has the diagnosis. The further "
-        "left, the better patients are protected; “none” has no noise and no privacy. Bars: the widest 95 % interval "
-        "of the runs, over resampled held-out patients. Bars that overlap do not mean that two lines are equal, because "
-        "runs share their patients: “In short” compares them run by run."
+        "left, the better patients are protected; “none” is training without noise, hence without privacy. Bars: the "
+        "widest 95 % interval of the runs, over resampled held-out patients. Bars that overlap do not mean that two "
+        "lines are equal, because runs share their patients: “In short” compares them run by run."
     )
     blocks: list[Block] = [
         Paragraph(
@@ -135,7 +135,8 @@ def _verdict(apart: Gap) -> str:
         return (
             f"No clear difference: the shared model is {by} on average, higher in {apart.higher} of {apart.runs} runs."
         )
-    return f"The shared model is {by}, {'higher' if apart.mean > 0 else 'lower'} in all {apart.runs} runs."
+    every = "both" if apart.runs == 2 else f"all {apart.runs}"
+    return f"The shared model is {by}, {'higher' if apart.mean > 0 else 'lower'} in {every} runs."
 
 
 def _spoken(here: Spot) -> str:

@@ -128,7 +128,10 @@ class Sweep:
         """The rows of a line at a budget, one per seed in order; `weighting` "" is the line's own."""
         wanted = self.weighting(line) if weighting == "" else weighting
         rows = self.rows if settings is None else self.under(settings)
-        found = {r.seed: r for r in rows if r.line == line and r.epsilon == epsilon and r.weighting == wanted}
+        found: dict[int, Row] = {}
+        for row in rows:
+            if row.line == line and row.epsilon == epsilon and row.weighting == wanted:
+                found.setdefault(row.seed, row)
         return [found[seed] for seed in sorted(found)]
 
     def headline(self, preferred: float | None) -> float | None:

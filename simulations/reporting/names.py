@@ -10,29 +10,29 @@ from simulations.reporting.curve import ALONE
 NAMES = {
     "best-possible": "Best possible",
     "pooled-no-privacy": "All records in one place, no privacy",
-    "pooled-private": "All records in one place, with privacy",
     "federated-no-privacy": "Federated, no privacy",
-    "fedavg-one-step": "Federated, with privacy (one step a round)",
-    "fedavg-local": "Federated, with privacy (several steps a round)",
-    "naive": "Federated, with privacy, as in tutorials",
-    "logistic": "Federated, with privacy, logistic regression",
+    "pooled-private": "All records in one place, with privacy",
+    "fedavg-one-step": "Federated, one step a round",
+    "fedavg-local": "Federated, several steps a round",
+    "naive": "Federated, as in tutorials",
+    "logistic": "Federated logistic regression",
+    "alone": "Each hospital alone (mean)",
     "prevalence": "Everybody gets the average risk",
 }
 EXPLAINED = {
-    "best-possible": "what no model can exceed on these records; known because they are made up by a generator",
+    "best-possible": "what no model can exceed on these records; known because they are made up by a generator.",
     "pooled-no-privacy": "what could be reached if every record could be brought together and nobody had to be "
-    "protected; the best of several ways to train, chosen on patients who are neither trained nor tested on",
-    "pooled-private": "one keeper of all records adds the noise once: as private, but every hospital must trust it",
-    "federated-no-privacy": "records stay, and nothing protects the patients; chosen in the same way",
-    "fedavg-one-step": "the study's recipe: records stay, each hospital adds its own noise to one small step a round",
-    "fedavg-local": "fewer, longer rounds, for slow links",
-    "naive": "what common example code does",
-    "logistic": "a simple model without memory of the order of events, trained in the same way",
-    "alone": "every hospital by itself, with the same budget, scored on the patients of all; "
-    "the bar runs from the worst hospital to the best",
-    "prevalence": "a model that knows nothing of the patient; as good as tossing a coin",
+    "protected: the best of several ways to train, chosen on patients who are neither trained nor tested on.",
+    "federated-no-privacy": "records stay in their hospital and nothing protects the patients; chosen in the same way.",
+    "pooled-private": "one keeper of all records adds the noise once: as private, but every hospital must trust it.",
+    "fedavg-one-step": "records stay; every hospital takes one small step a round and adds its own noise to it.",
+    "fedavg-local": "records stay; fewer, longer rounds, for slow links.",
+    "naive": "records stay; the settings of common example code.",
+    "logistic": "records stay; a simple model that does not know the order of events.",
+    "alone": "every hospital by itself with the same budget, scored on the patients of all; the bar runs from the worst "
+    "hospital to the best.",
+    "prevalence": "a model that knows nothing of the patient; as good as tossing a coin.",
 }
-ALONE_NAME = "Each hospital alone, with privacy (mean)"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Origin:
 def name_of(line: str) -> str:
     """A line's name for people; one that is not known here keeps its own."""
     if line.startswith(ALONE):
-        return f"{line.removeprefix(ALONE)} alone, with privacy"
+        return f"{line.removeprefix(ALONE)} alone"
     return NAMES.get(line, line)
 
 
