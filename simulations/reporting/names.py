@@ -29,8 +29,8 @@ EXPLAINED = {
     "fedavg-local": "records stay; fewer, longer rounds, for slow links.",
     "naive": "records stay; the settings of common example code.",
     "logistic": "records stay; a simple model that does not know the order of events.",
-    "alone": "every hospital by itself with the same budget, scored on the patients of all; the bar goes from the worst "
-    "hospital to the best.",
+    "alone": "every hospital by itself with the same budget, scored on the patients of all; the bar goes from worst "
+    "to best hospital.",
     "prevalence": "a model that knows nothing of the patient; as good as tossing a coin.",
 }
 
