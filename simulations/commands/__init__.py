@@ -2,11 +2,7 @@
 
 import typer
 
-<<<<<<< HEAD
-from simulations.commands import cohort, partition, run, sweep
-=======
-from simulations.commands import report, run
->>>>>>> d9c8545 (Report of a sweep: one offline page, JSON and CSV from the same content)
+from simulations.commands import cohort, partition, report, run, sweep
 
 app = typer.Typer(
     name="simulate",
@@ -15,10 +11,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("run")(run.command)
-<<<<<<< HEAD
 app.command("sweep")(sweep.command)
+app.command("report")(report.command)
 app.command("cohort")(cohort.command)
 app.command("partition")(partition.command)
-=======
-app.command("report")(report.command)
->>>>>>> d9c8545 (Report of a sweep: one offline page, JSON and CSV from the same content)
