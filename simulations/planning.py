@@ -24,8 +24,8 @@ from typing import Any
 from common.errors import ConfigurationError
 from common.study import Study, load_study
 from common.terms import parse
-from simulations.cohort import TRUTH
 from simulations.lines import SWEEP_LINES, How, Line, sweep_lines
+from simulations.meds_folder import TRUTH
 from simulations.overrides import override
 from simulations.prepared import described, prepare
 from simulations.rows import Setting

@@ -25,8 +25,9 @@ from common.sequences import Sequences
 from common.study import Study
 from common.terms import Terms
 from common.training import predict
-from simulations.cohort import TRUTH, best_possible, read_truth
+from simulations.cohort import best_possible, read_truth
 from simulations.hospitals import HELD_OUT, Hospitals
+from simulations.meds_folder import TRUTH
 from simulations.rows import MIN_EVENTS, POOLED, Bin, CalibrationRow, Estimate, SiteRow, Subgroup
 
 BINS, LEAST_IN_BIN = 10, 20
