@@ -4,8 +4,8 @@ As with the diagnosis (`mechanism.py`) the record comes first, each outcome is d
 the record, and so P(phenotype | record) and the rate of readmission are known exactly.
 
 - Phenotypes 0 to 8 depend on three codes each (recent ones more), a vital sign and age.
-- Phenotype 9 is the rare one: its signal is a code that about six patients in a thousand carry, who have it in two
-  cases of three. It shows what clipping and noise do to the long tail.
+- Phenotype 9 is the rare one: its signal is a code that under one patient in a hundred carries (by the hospital's
+  visits and coding), who has it in six cases of ten. It shows what clipping and noise do to the long tail.
 - Readmission comes at a constant rate, e^(.6 score) / 700 days with the diagnosis's score; follow-up ends 180 to 720
   days after the prediction, uniformly and whatever the record says. The label is the earlier of the two, in days, and
   whether it is the readmission.

@@ -134,7 +134,7 @@ class SiteReport:
 def partition(source: Path | Sequence[Path], out: Path, spec: PartitionSpec, task: str, seed: int) -> list[SiteReport]:
     """Write the virtual sites below `out` and return a report for each, sites in alphabetical order.
 
-    All or nothing, as `write_cohort`. Equal arguments give equal records.
+    All or nothing, as `write_cohort`. Equal arguments give equal records. The sources are read into memory whole.
 
     Args:
         source: One MEDS directory, or several, which are pooled.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,9 +150,11 @@ def _renumbered(source: _Source, start: int) -> _Source:
     new = source.patients.select(
         SUBJECT_ID, pl.int_range(start, start + len(source.patients), dtype=pl.Int64).alias("new")
     )
-    rename: Callable[[pl.DataFrame], pl.DataFrame] = lambda frame: (  # noqa: E731 (one expression, used five times)
-        frame.join(new, on=SUBJECT_ID, maintain_order="left").with_columns(pl.col("new").alias(SUBJECT_ID)).drop("new")
-    )
+
+    def rename(frame: pl.DataFrame) -> pl.DataFrame:
+        joined = frame.join(new, on=SUBJECT_ID, maintain_order="left")
+        return joined.with_columns(pl.col("new").alias(SUBJECT_ID)).drop("new")
+
     return _Source(
         patients=rename(source.patients),
         events=rename(source.events),
