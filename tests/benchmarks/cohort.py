@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--patients", type=int, default=100_000, help="training and held-out patients together")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     args = parser.parse_args()
-    print("| preset | patients | megabytes | wall s | CPU s |")
+    print("| preset | patients | megabytes | CPU s | wall s |")
     print("|---|---|---|---|---|")
     for name in args.presets:
         preset = find_preset(name)
@@ -42,7 +42,7 @@ def main() -> None:
             command = [sys.executable, "-c", ONE, name, str(out), str(args.patients / usual)]
             wall, cpu = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
             size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
-        print(f"| {name} | {args.patients:,} | {size:.0f} | {float(wall):.1f} | {float(cpu):.1f} |", flush=True)
+        print(f"| {name} | {args.patients:,} | {size:.0f} | {float(cpu):.1f} | {float(wall):.1f} |", flush=True)
 
 
 if __name__ == "__main__":
