@@ -141,7 +141,7 @@ def _columns(noise: Numbers) -> list[tuple[Numbers, Numbers]]:
     pairs = [(noise[:, 1:], noise[:, :-1]), (noise[:, :half], noise[:, half : 2 * half])]
     for one, other in combinations(_by_parameter(noise), 2):
         shared = min(one.shape[1], other.shape[1])
-        if 16 * shared > 1000:  # else the sum of products is not normal enough for such small chances
+        if len(noise) * shared > 1000:  # else the sum of products is not normal enough for such small chances
             pairs.append((one[:, :shared], other[:, :shared]))
     return pairs
 
@@ -196,6 +196,33 @@ def test_noise_with_a_pattern_is_caught(
 ) -> None:
     """Noise that repeats or leaks between releases or parameters, or is not normal, alarms where it should."""
     assert look(change(noise)) < EACH
+
+
+class Heard(Randomness):
+    """The client's own randomness; what it added to each sum is noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise: list[Numbers] = []
+
+    def add_noise(self, clipped_sum: Numbers, clip: float, noise_multiplier: float) -> Numbers:
+        """The noised sum."""
+        noised = super().add_noise(clipped_sum, clip, noise_multiplier)
+        self.noise.append(noised - clipped_sum)
+        return noised
+
+
+def test_local_steps_of_a_round_have_noise_of_their_own() -> None:
+    """Eight local steps of one round: eight draws, as white and of the same scale as rounds (false alarm 9e-7)."""
+    local = STUDY.model_copy(
+        update={"training": STUDY.training.model_copy(update={"recipe": "fedavg-local", "local_steps": 8, "rounds": 1})}
+    )
+    source = Heard()
+    records = Dataset(as_sequences(made_up_patients(5, 6)))
+    site = Site("north", local, records, MemoryLedger(3.0, 1e-3), lambda _round, _attempt: source)
+    assert site.train(request(local, WEIGHTS)).status is Status.OK
+    assert len(source.noise) == 8
+    assert alarms(np.stack(source.noise) / deviation(local, LENGTH)) == []
 
 
 class Unstorable(MemoryLedger):
