@@ -198,7 +198,7 @@ def main() -> None:
     began = time.monotonic()
     error = 1 - args.confidence
     print(f"{args.canaries} canaries, bounds at {args.confidence:.6g} confidence, torch {torch.__version__}\n")
-    print("| client | claimed epsilon | epsilon is at least | claimed mu | mu is at least | |")
+    print("| client | claimed epsilon | epsilon is at least | claimed mu | mu is at least | audit says |")
     print("|---|---|---|---|---|---|")
     for fault in (NONE,) if args.ours else (NONE, *FAULTS):
         found = audit(args.canaries, fault, epsilon=args.epsilon)
