@@ -54,7 +54,7 @@ MUTANTS = (
     Mutant(
         name="failed-attempts-refunded",
         mistake="An attempt that failed is not charged, though its noise may be known",
-        source="job retries in every framework",
+        source="retries in frameworks that count steps in the process",
         severity="high",
         prevention="what was marked stays spent; a retry takes spare steps",
         changes=(
@@ -72,7 +72,7 @@ MUTANTS = (
     Mutant(
         name="replay-trained-again",
         mistake="The same request again is trained again: two noised answers average",
-        source="Flower, NVFlare and all others: a site keeps no answers",
+        source="no framework that we read keeps a site's answers",
         severity="high",
         prevention="a released round is answered with the stored bytes",
         changes=(Change(ACCOUNTS, "release = account.released.get(round_number)", "release = None"),),
@@ -97,7 +97,7 @@ MUTANTS = (
     Mutant(
         name="sent-before-it-is-stored",
         mistake="An update leaves before it is stored: after a crash the round is trained, and sent, again",
-        source="all peers: nothing is stored",
+        source="no framework that we read stores an update at the site",
         severity="high",
         prevention="released in the ledger first; what cannot be stored does not leave",
         changes=(Change(SITE, "        self.ledger.release(marked, stored)\n", ""),),
@@ -125,7 +125,7 @@ MUTANTS = (
     Mutant(
         name="study-not-compared",
         mistake="A round of other terms than those agreed to is trained",
-        source="frameworks that take their configuration from the server",
+        source="FL4Health, Flower's examples: the configuration comes with each round",
         severity="high",
         prevention="the site trains by its own pinned copy; another digest is refused",
         changes=(Change(SITE, "if asked.study != self._digest:", "if False:"),),

@@ -63,7 +63,7 @@ MUTANTS = (
                 "                steps + spare,\n            )",
             ),
         ),
-        tests=(PRICES,),
+        tests=("common/test_study_price.py::test_who_takes_part_changes_no_plan",),
     ),
     Mutant(
         name="classical-formula",
@@ -77,7 +77,7 @@ MUTANTS = (
     Mutant(
         name="spares-for-free",
         mistake="Retries are not in the price",
-        source="every framework that repeats a failed round",
+        source="accountants that count planned rounds only",
         severity="medium",
         prevention="spare steps are priced beforehand",
         changes=(Change(PLAN, "return self.steps + self.spare_steps", "return self.steps"),),
@@ -86,7 +86,7 @@ MUTANTS = (
     Mutant(
         name="no-noise-costs-nothing",
         mistake="A study without noise has a finite price",
-        source="FedAvg with sigma 0; Opacus's accountants raise OverflowError instead",
+        source="one line away; Opacus's PRV accountant raises OverflowError instead",
         severity="total",
         prevention="its epsilon is infinite, and no finite cap admits it",
         changes=(

@@ -11,6 +11,7 @@ DRAW = "chosen = randomness.poisson_sample(dataset.n_patients, plan.sampling_rat
 ENTROPY = "return os.urandom(KEY_BYTES)"
 FOLLOWS_THE_PLAN = "common/test_training.py::test_who_is_sampled_follows_the_plan"
 EMPTY = "common/test_training.py::test_an_empty_sample_still_steps_and_adds_noise"
+RELEASED = "common/test_private_round.py::test_an_update_is_the_sum_and_all_of_its_noise_over_the_divisor"
 BATCH_SIZE = "statistical/test_noise.py::test_the_batch_size_is_binomial"
 
 MUTANTS = (
@@ -51,7 +52,7 @@ MUTANTS = (
         severity="medium",
         prevention="an empty sample steps, with noise, and is charged",
         changes=(Change(TRAINING, "                private.empty_batch()\n", "                continue\n"),),
-        tests=(EMPTY,),
+        tests=(RELEASED,),
     ),
     Mutant(
         name="random-record-in-empty-batch",
@@ -137,7 +138,7 @@ MUTANTS = (
         severity="total",
         prevention="a stream knows its process and refuses any other",
         changes=(Change(RANDOMNESS, "if os.getpid() != self._process:", "if False:"),),
-        tests=("common/privacy/test_randomness.py::test_a_forked_process_cannot_repeat_the_noise",),
+        tests=("common/privacy/test_randomness_process.py::test_a_stream_is_refused_in_any_other_process",),
     ),
     Mutant(
         name="same-noise-in-a-retry",

@@ -275,6 +275,7 @@ MUTANTS = (
         severity="high",
         prevention="formed again in float64 where it is doubtful",
         changes=(
+            Change("common/privacy/norms.py", "FLOOR = 1 / 512", "FLOOR = 0.0"),
             Change(
                 "common/privacy/norms.py",
                 "return Measured(SquaredNorms(net, gross), (net < gross * DOUBTFUL**2) | (largest > LARGE**2))",
@@ -283,7 +284,7 @@ MUTANTS = (
         ),
         tests=(
             "common/privacy/test_norms.py::test_norms_of_rows_that_cancel",
-            "common/privacy/test_bookkeeping.py::test_patients_that_cancel_are_bounded",
+            "common/privacy/test_rounding.py::test_a_patient_whose_steps_cancel_moves_the_released_sum_by_the_clip",
         ),
     ),
     Mutant(
@@ -316,7 +317,7 @@ MUTANTS = (
     Mutant(
         name="early-stopping",
         mistake="Local training stops when the private loss is low: how often it stepped is a release",
-        source="common practice; FL4Health and NVFlare choose their best model by a private score",
+        source="common practice; FL4Health keeps the best model by a private loss (`BestLossOpacusCheckpointer`)",
         severity="medium",
         prevention="the study fixes the number of steps; the last iterate leaves",
         changes=(

@@ -21,9 +21,6 @@ import common
 
 WITNESS = "WITNESS"
 
-settings.register_profile("mutants", derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
-settings.load_profile("mutants")
-
 
 def kind_of(error: BaseException) -> str:
     """Either "assertion", or the class of the first failure that is none."""
@@ -36,6 +33,11 @@ def kind_of(error: BaseException) -> str:
 def _write(**line: str) -> None:
     with Path(os.environ[WITNESS]).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def pytest_configure() -> None:
+    settings.register_profile("mutants", derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
+    settings.load_profile("mutants")
 
 
 def pytest_sessionstart() -> None:
