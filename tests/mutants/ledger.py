@@ -120,7 +120,6 @@ MUTANTS = (
         prevention="compared at enrolment and in every round, before ledger and patients",
         changes=(Change(SITE, "            policy.check(study)\n", "            pass\n"),),
         tests=("client/test_site_limits.py::test_a_study_beyond_the_policy_is_refused_whatever_the_server_asks",),
-        fast=True,
     ),
     Mutant(
         name="study-not-compared",

@@ -72,6 +72,6 @@ class Mutant:
         return texts
 
 
-def tests_of(mutants: Iterable[Mutant]) -> list[str]:
+def every_test_of(mutants: Iterable[Mutant]) -> list[str]:
     """Every test that some mutant names, once."""
     return sorted({test for mutant in mutants for test in mutant.tests})

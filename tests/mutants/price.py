@@ -106,7 +106,6 @@ MUTANTS = (
         prevention="each attempt is counted before it begins",
         changes=(Change(ACCOUNTS, "account.steps_taken += entry.steps", "pass"),),
         tests=("client/test_ledger.py::test_attempts_stop_at_the_priced_steps",),
-        fast=True,
     ),
     Mutant(
         name="budget-per-study",

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.mutants.mutant import Mutant, tests_of
+from tests.mutants.mutant import Mutant, every_test_of
 from tests.mutants.witness import WITNESS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,7 +115,7 @@ class Scratch:
 
     def unmutated(self, mutants: Iterable[Mutant]) -> str:
         """What goes wrong without any mistake: nothing, "", if all tests of these mutants pass."""
-        tests = tests_of(mutants)
+        tests = every_test_of(mutants)
         run = self.run(tests)
         wrong = [f"{test} was not collected" for test in tests if not run.of(test)]
         wrong += [f"{test}: {ended}" for test, ended in run.ended.items() if ended != {"passed"}]

@@ -251,7 +251,6 @@ MUTANTS = (
             "common/test_training.py::test_the_true_number_of_patients_appears_nowhere",
             "common/test_training.py::test_the_divisor_follows_the_declared_patients",
         ),
-        fast=True,
     ),
     Mutant(
         name="zero-times-nan",

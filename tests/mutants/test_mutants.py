@@ -10,7 +10,7 @@ import pytest
 
 from tests.mutants import page
 from tests.mutants.catalogue import MUTANTS
-from tests.mutants.mutant import Change, Mutant, StaleMutantError, tests_of
+from tests.mutants.mutant import Change, Mutant, StaleMutantError, every_test_of
 from tests.mutants.scratch import ROOT, Scratch
 from tests.mutants.witness import kind_of
 
@@ -29,7 +29,7 @@ def test_each_mutant_fits_the_source(mutant: Mutant) -> None:
 def test_names_are_unique_and_tests_exist() -> None:
     """A mutant is asked for by name, and each test that it names is written down."""
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
-    for test in tests_of(MUTANTS):
+    for test in every_test_of(MUTANTS):
         file, name = test.split("::")
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), test
 
