@@ -65,11 +65,6 @@ class SquaredNorms(NamedTuple):
         """Of `count` patients without rows."""
         return cls(*torch.zeros(2, count, dtype=torch.float64, device=device))
 
-    def add(self, patients: Tensor, others: SquaredNorms) -> None:
-        """Adds those of other parameters [p], in place, at the patients [p] that they belong to."""
-        self.net.index_add_(0, patients, others.net)
-        self.gross.index_add_(0, patients, others.gross)
-
     def at(self, patients: Tensor) -> SquaredNorms:
         """Of these patients [p], a copy."""
         return SquaredNorms(self.net[patients], self.gross[patients])
@@ -113,16 +108,28 @@ class PatientRows:
         xs = [None if factor.X is None else group.take(factor.X) for factor in factors]
         return cls(group.take(A, zero_padding=True), xs)
 
-    def double(self, which: Tensor) -> PatientRows:
-        """Some of the patients, in float64."""
-        return PatientRows(self.a[which].double(), [None if x is None else x[which].double() for x in self.xs])
 
+@dataclass(frozen=True)
+class Gross:
+    """What tells whether a norm may be trusted.
 
-class Measured(NamedTuple):
-    """Squared norms of some patients, and which of them [p] need float64: see the module docstring."""
+    Attributes:
+        squares: [P] float64 squared gross norms, or more: a row of A counts whole for every factor.
+        large: [P] whether a row has a norm above LARGE. A NaN is not large: it makes the norm NaN by itself.
+    """
 
-    norms: SquaredNorms
-    doubtful: Tensor
+    squares: Tensor
+    large: Tensor
+
+    @classmethod
+    def of(cls, rows: Rows, A: Tensor, factors: Sequence[Factor]) -> Self:
+        """Of all patients, in one pass over the rows as they stand."""
+        alone, largest = _each_row(A, [factor.X for factor in factors], factors)
+        return cls(rows.add_up(alone).square(), rows.add_up((largest > LARGE).double()) > 0)
+
+    def doubts(self, net: Tensor, patients: Tensor) -> Tensor:
+        """[p] whether the squared norms [p] of these patients need float64: see the module docstring."""
+        return (net < self.squares[patients] * DOUBTFUL**2) | self.large[patients]
 
 
 def squared_norms(rows: Rows, A: Tensor, factors: Sequence[Factor]) -> SquaredNorms:
@@ -136,10 +143,16 @@ def squared_norms(rows: Rows, A: Tensor, factors: Sequence[Factor]) -> SquaredNo
     Returns:
         Net and gross, [P] each; not finite for a patient with non-finite rows.
     """
-    total = SquaredNorms.zero(rows.count, A.device)
-    for group in rows.groups(width(A, factors)):
-        total.add(group.patients, cheapest(PatientRows.of(group, A, factors), factors))
-    return total
+    gross, net = Gross.of(rows, A, factors), A.new_zeros(rows.count, dtype=torch.float64)
+    for group in rows.groups(lambda steps: steps * width(A, factors)):
+        of_patients, patients = PatientRows.of(group, A, factors), group.patients
+        found = cheapest(of_patients, factors)
+        which = gross.doubts(found, patients).nonzero()[:, 0]
+        if len(which):
+            _, exact = in_float64(of_patients, which, factors)
+            found[which], gross.squares[patients[which]] = exact
+        net[patients] = found
+    return SquaredNorms(net, gross.squares)
 
 
 def width(A: Tensor, factors: Sequence[Factor]) -> int:
@@ -152,71 +165,81 @@ def entries(factors: Sequence[Factor]) -> int:
     return sum((factor.last - factor.first) * factor.width for factor in factors)
 
 
-def cheapest(rows: PatientRows, factors: Sequence[Factor]) -> SquaredNorms:
-    """Squared norms [p] by the form that costs less here, in float64 where that is needed."""
+@dataclass(frozen=True)
+class Products:
+    """The products of some patients, in the type of their rows.
+
+    Attributes:
+        matrices: [p, F, columns] x'a of each factor.
+        biases: [p, all columns] sums of a.
+    """
+
+    matrices: Sequence[Tensor | None]
+    biases: Tensor
+
+
+def cheapest(rows: PatientRows, factors: Sequence[Factor]) -> Tensor:
+    """Squared norms [p] float64, by the form that costs less here."""
     steps = rows.a.shape[1]
-    by_gram = steps == 1 or GRAM_PRICE * steps * width(rows.a[0], factors) < entries(factors)
-    norms, doubtful = measure_gram(rows, factors) if by_gram else measure_product(rows, factors, form(rows, factors))
-    which = doubtful.nonzero()[:, 0]
-    if len(which):
-        exact = rows.double(which)
-        norms.net[which], norms.gross[which] = measure_product(exact, factors, form(exact, factors)).norms
-    return norms
+    if steps == 1 or GRAM_PRICE * steps * width(rows.a[0], factors) < entries(factors):
+        return measure_gram(rows, factors)
+    return measure(form(rows, factors), factors)
 
 
-def measure_gram(rows: PatientRows, factors: Sequence[Factor]) -> Measured:
+def measure_gram(rows: PatientRows, factors: Sequence[Factor]) -> Tensor:
     """Sum over s, t of (a_s . a_t) (x_s . x_t + 1); each term in the type of the rows, their sum in float64."""
     a = rows.a
     cuts = sorted({cut for factor in factors for cut in (factor.first, factor.last)})
     pieces = {first: _dot_products(a[:, :, first:last]) for first, last in itertools.pairwise(cuts)}
-    net, alone = a.new_zeros(len(a), dtype=torch.float64), a.new_zeros(a.shape[:2], dtype=torch.float64)
-    largest = a.new_zeros(len(a))
+    net = a.new_zeros(len(a), dtype=torch.float64)
     for factor, x in zip(factors, rows.xs, strict=True):
         aa = functools.reduce(torch.add, (p for first, p in pieces.items() if factor.first <= first < factor.last))
         xx = None if x is None else _dot_products(x)
-        for products in (aa, xx):
-            if products is not None:
-                largest = torch.maximum(largest, products.diagonal(dim1=1, dim2=2).amax(1))
         terms = aa * (float(factor.bias) if xx is None else xx.add_(1) if factor.bias else xx)
         net += terms.sum((1, 2), dtype=torch.float64).clamp(min=0)
-        alone += terms.diagonal(dim1=1, dim2=2)
-    return _judged(net, alone, largest)
+    return net
 
 
-def form(rows: PatientRows, factors: Sequence[Factor]) -> list[Tensor | None]:
-    """Each factor's product x'a [p, F, columns], in the type of the rows: faster than a'x, its wide side last."""
-    return [
+def form(rows: PatientRows, factors: Sequence[Factor]) -> Products:
+    """Each factor's product x'a [p, F, columns]: faster than a'x, its wide side last."""
+    matrices = [
         None if x is None else torch.bmm(x.transpose(1, 2), rows.a[:, :, factor.first : factor.last])
         for factor, x in zip(factors, rows.xs, strict=True)
     ]
+    return Products(matrices, rows.a.sum(1))
 
 
-def measure_product(rows: PatientRows, factors: Sequence[Factor], products: Sequence[Tensor | None]) -> Measured:
-    """||G||^2 from G = sum_t a_t [x_t, 1]', its products formed already."""
-    a = rows.a
-    column_sums = a.sum(1).double() if any(factor.bias for factor in factors) else None
-    net, inputs = a.new_zeros(len(a), dtype=torch.float64), a.new_zeros(a.shape[:2], dtype=torch.float64)
-    outputs = _squares(a)
-    largest = outputs.amax(1)
-    for factor, x, product in zip(factors, rows.xs, products, strict=True):
-        if x is not None and product is not None:
-            net += _squares(product).sum(1)
+def measure(products: Products, factors: Sequence[Factor]) -> Tensor:
+    """||G||^2 [p] float64 of G = sum_t a_t [x_t, 1]', from its products."""
+    of_biases = products.biases.double().square()
+    net = of_biases.new_zeros(len(of_biases))
+    for factor, matrix in zip(factors, products.matrices, strict=True):
+        if matrix is not None:
+            net += _squares(matrix).sum(1)
+        if factor.bias:
+            net += of_biases[:, factor.first : factor.last].sum(1)
+    return net
+
+
+def in_float64(rows: PatientRows, which: Tensor, factors: Sequence[Factor]) -> tuple[Products, SquaredNorms]:
+    """Products and norms of those patients [p] whose norms are in doubt."""
+    a, xs = rows.a[which].double(), [None if x is None else x[which].double() for x in rows.xs]
+    products = form(PatientRows(a, xs), factors)
+    alone, _ = _each_row(a, xs, factors)
+    return products, SquaredNorms(measure(products, factors), alone.sum(1).square())
+
+
+def _each_row(a: Tensor, xs: Sequence[Tensor | None], factors: Sequence[Factor]) -> tuple[Tensor, Tensor]:
+    """Of each row, for a [.., columns] and xs [.., F]: norm of its own product, norm of the largest of its factors."""
+    outputs = largest = _squares(a)
+    inputs = torch.zeros_like(outputs)
+    for factor, x in zip(factors, xs, strict=True):
+        if x is not None:
             of_x = _squares(x)
             inputs += of_x
-            largest = torch.maximum(largest, of_x.amax(1))
-        if factor.bias and column_sums is not None:
-            net += column_sums[:, factor.first : factor.last].square().sum(1)
-            inputs += 1
-    return _judged(net, outputs * inputs, largest)  # at least: a factor may belong to some columns only
-
-
-def _judged(net: Tensor, alone: Tensor, largest: Tensor) -> Measured:
-    """From net [p], the squared norms [p, T] of each row's own product, and the largest squared norm [p] of a row.
-
-    A NaN is not large: it makes the norm NaN by itself.
-    """
-    gross = alone.sqrt().sum(1).square()
-    return Measured(SquaredNorms(net, gross), (net < gross * DOUBTFUL**2) | (largest > LARGE**2))
+            largest = torch.maximum(largest, of_x)
+        inputs += float(factor.bias)
+    return (outputs * inputs).sqrt(), largest.sqrt()
 
 
 def _dot_products(m: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ Sums are float64, also for a float32 model: products of at most `ROWS_PER_SUM` r
 added up in float64. With u = eps / 2 the error is at most (n + 2) u times the sum over patients of c s, s the gross
 norm of norms.py and n the larger of ROWS_PER_SUM and a patient's own rows, `LONGEST` at most (Higham 2002, section
 3.1): the worst case, whatever the size of the batch. What tests see is about sqrt of that: for 2,500 equal patients
-9e-7 C for each, and 6e-6 C when one of them is taken away. Longer blocks are faster (1,024 rows: a fifth less for this
-product) and rounded more (2e-6 C and 2e-5 C); one product in float32 gives 8e-6 C and 2e-4 C.
+9e-7 C for each, and 6e-6 C when one of them is taken away. Longer blocks are faster (256 rows: 4 % of a step of 64
+sequences of 48 steps) and rounded more (2e-6 C for each by products; 1,024 rows: 2e-5 C when one is taken away); one
+product in float32 gives 8e-6 C and 2e-4 C.
 
 A weight of exactly 0 leaves a patient out altogether: its rows are zeroed, not multiplied, because 0 x NaN is NaN.
 """
@@ -29,12 +30,15 @@ from common.models.cells.cell import reorder
 from common.privacy.norms import (
     GRAM_PRICE,
     Factor,
+    Gross,
     PatientRows,
+    Products,
     SquaredNorms,
     cheapest,
     entries,
     form,
-    measure_product,
+    in_float64,
+    measure,
     squared_norms,
     width,
 )
@@ -42,7 +46,7 @@ from common.privacy.rows import Rows
 
 ROWS_PER_SUM = 128  # of a product in the model's type, before it is added up in float64
 LONGEST = 1024  # rows of a patient whose product is formed as a whole
-SINGLE_PASS = 16  # what measuring and adding a formed product costs, in rows of forming it (measured: 9 to 20)
+SINGLE_PASS = 24  # what measuring and adding a formed product costs, in rows of forming it (measured: 9 to 50)
 
 
 @dataclass(frozen=True)
@@ -83,27 +87,27 @@ class ProductGradient:
             weigh: norms [p] over all parameters, as upper bounds -> weights [p], 0 for a norm that is not finite.
         """
         factors, sums = self._factors, _Sums(self.maps, self.A)
-        total = rest.at(torch.arange(self.rows.count, device=self.A.device))
+        gross = Gross.of(self.rows, self.A, factors)
+        total = SquaredNorms(rest.net.clone(), rest.gross + gross.squares)
         done = torch.zeros(self.rows.count, dtype=torch.bool, device=self.A.device)
         weights = total.net.new_zeros(self.rows.count)
-        for group in self.rows.groups(width(self.A, factors)):
+        for group in self.rows.groups(self._numbers):
             rows, patients = PatientRows.of(group, self.A, factors), group.patients
-            if not self._worth_forming(rows):
-                total.add(patients, cheapest(rows, factors))
-                continue
-            products = form(rows, factors)
-            norms, doubtful = measure_product(rows, factors, products)
-            which = doubtful.nonzero()[:, 0]
+            products = form(rows, factors) if self._worth_forming(group.steps) else None
+            net = cheapest(rows, factors) if products is None else measure(products, factors)
+            which = gross.doubts(net, patients).nonzero()[:, 0]
             if len(which):
-                exact = rows.double(which)
-                exact_products = form(exact, factors)
-                norms.net[which], norms.gross[which] = measure_product(exact, factors, exact_products).norms
-            total.add(patients, norms)
+                doubtful = patients[which]
+                exact, norms = in_float64(rows, which, factors)
+                net[which], total.gross[doubtful] = norms.net, rest.gross[doubtful] + norms.gross
+            total.net[patients] += net
+            if products is None:
+                continue
             mine = weights[patients] = weigh(total.at(patients).bounds())
             if len(which):
-                sums.add_products(exact.a, exact_products, mine[which])
+                sums.add_products(exact, mine[which])
                 mine = mine.index_fill(0, which, 0)
-            sums.add_products(rows.a, products, mine)
+            sums.add_products(products, mine)
             done[patients] = True
         if not bool(done.all()):
             weights = torch.where(done, weights, weigh(total.bounds()))
@@ -125,11 +129,14 @@ class ProductGradient:
     def _factors(self) -> list[Factor]:
         return [m.factor for m in self.maps]
 
-    def _worth_forming(self, rows: PatientRows) -> bool:
-        steps, formed = rows.a.shape[1], entries(self._factors)
-        if steps > LONGEST:
-            return False
-        return GRAM_PRICE * steps**2 * width(self.A, self._factors) > SINGLE_PASS * formed
+    def _worth_forming(self, steps: int) -> bool:
+        gram = GRAM_PRICE * steps**2 * width(self.A, self._factors)
+        return steps <= LONGEST and gram > SINGLE_PASS * entries(self._factors)
+
+    def _numbers(self, steps: int) -> int:
+        """What one patient's rows take, with what is formed of them."""
+        formed = entries(self._factors) if self._worth_forming(steps) else 0
+        return steps * width(self.A, self._factors) + formed
 
 
 class _Sums:
@@ -152,14 +159,14 @@ class _Sums:
                 # The narrow side is weighted and stands left: (wX)'A is faster than A'(wX) and than (wA)'X.
                 _add_blocks(total, only_present(present, X), A[:, m.factor.first : m.factor.last], w)
 
-    def add_products(self, a: Tensor, products: Sequence[Tensor | None], weights: Tensor) -> None:
-        """Adds sum over patients of weight times product: a [p, T, G], products [p, F, G], weights [p]."""
-        present, w = weights != 0, weights.to(a.dtype)[:, None]
+    def add_products(self, products: Products, weights: Tensor) -> None:
+        """Adds sum over patients of weight [p] times product."""
+        present, w = weights != 0, weights.to(products.biases.dtype)[:, None]
         if self.any_bias:
-            _add_blocks(self.biases[None], w, only_present(present, a.sum(1)))
-        for total, product in zip(self.products, products, strict=True):
-            if product is not None:
-                _add_blocks(total.view(1, -1), w, only_present(present, product).flatten(1))
+            _add_blocks(self.biases[None], w, only_present(present, products.biases))
+        for total, matrix in zip(self.products, products.matrices, strict=True):
+            if matrix is not None:
+                _add_blocks(total.view(1, -1), w, only_present(present, matrix).flatten(1))
 
     def by_parameter(self) -> dict[Parameter, Tensor]:
         """The sums in the shape and gate order of each parameter."""

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
@@ -37,7 +37,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from common.models.layout import Layout
 
-FLOATS_PER_CHUNK = 1 << 20  # numbers gathered at a time for norms: few enough for the cache, many for one product
+FLOATS_PER_CHUNK = 1 << 21  # numbers gathered or formed at a time: few enough for the cache, many for one product
 
 
 class _Contexts(threading.local):
@@ -151,16 +151,17 @@ class Rows:
         total = values.new_zeros(self.count, *values.shape[1:], dtype=torch.float64)
         return total.index_add_(0, self.patient, values.double())
 
-    def groups(self, width: int) -> Iterator[Group]:
+    def groups(self, numbers: Callable[[int], int]) -> Iterator[Group]:
         """Cuts the rows by patient: groups of patients with about equally many rows, the largest first.
 
         Args:
-            width: numbers per row that will be gathered; a group has about FLOATS_PER_CHUNK of them.
+            numbers: rows of a patient -> numbers that are gathered and formed of them; a group has about
+                FLOATS_PER_CHUNK of them.
         """
         counts, start = self._counts.tolist(), 0
         while start < len(counts):
             steps = counts[start]
-            end = min(len(counts), start + max(1, FLOATS_PER_CHUNK // (steps * width)))
+            end = min(len(counts), start + max(1, FLOATS_PER_CHUNK // numbers(steps)))
             step = torch.arange(steps, device=self.patient.device)
             own = self._counts[start:end, None]
             rows = self._order[self._first[start:end, None] + torch.minimum(step, own - 1)]
@@ -225,12 +226,18 @@ class Grid(Rows):
             return super().repeat(times)
         return Grid(self.owner, self.count, self.steps * times, steps_first=False)
 
-    def groups(self, width: int) -> Iterator[Group]:
+    def add_up(self, values: Tensor) -> Tensor:
+        """As `Rows.add_up`; first over each series."""
+        shape = (self.steps, len(self.owner)) if self.steps_first else (len(self.owner), self.steps)
+        series: Tensor = values.double().unflatten(0, shape).sum(0 if self.steps_first else 1)
+        return series.new_zeros(self.count, *values.shape[1:]).index_add_(0, self.owner, series)
+
+    def groups(self, numbers: Callable[[int], int]) -> Iterator[Group]:
         """As `Rows.groups`; views if every patient has one series."""
         if len(self) and int(torch.bincount(self.owner).max()) > 1:
-            yield from super().groups(width)
+            yield from super().groups(numbers)
             return
-        most = max(1, FLOATS_PER_CHUNK // max(1, self.steps * width))
+        most = max(1, FLOATS_PER_CHUNK // numbers(self.steps)) if self.steps else 1
         for start in range(0, len(self.owner) if self.steps else 0, most):
             series = slice(start, start + most)
             yield Viewed(self.owner[series], self.steps, self, series)

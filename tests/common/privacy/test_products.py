@@ -120,7 +120,7 @@ def test_the_larger_module_is_formed_once(monkeypatch: pytest.MonkeyPatch) -> No
     formed: list[int] = []
     form = products.form
 
-    def counted(rows: products.PatientRows, factors: list[Factor]) -> list[Tensor | None]:
+    def counted(rows: products.PatientRows, factors: list[Factor]) -> products.Products:
         formed.append(len(rows.a))
         return form(rows, factors)
 

@@ -87,7 +87,7 @@ def _check_groups(rows: Rows, width: int) -> None:
     """Every row of every patient is handed out once, padding is zero or the patient's own last row."""
     numbered = torch.arange(1.0, len(rows) + 1)[:, None]
     seen = []
-    for group in rows.groups(width):
+    for group in rows.groups(lambda steps: steps * width):
         taken, padded = group.take(numbered)[:, :, 0], group.take(numbered, zero_padding=True)[:, :, 0]
         assert taken.shape == padded.shape == (len(group.patients), group.steps)
         for patient, own, zeroed in zip(group.patients.tolist(), taken, padded, strict=True):
@@ -141,5 +141,5 @@ def test_rows_of_no_sequences() -> None:
     """A packed batch of nothing has no rows, and hands out none."""
     rows = Rows.of_steps(Layout([]), None)
     assert len(rows) == 0
-    assert list(rows.groups(10)) == []
+    assert list(rows.groups(lambda steps: steps)) == []
     assert Rows.joined([rows]).add_up(torch.zeros(0, 2)).shape == (0, 2)
