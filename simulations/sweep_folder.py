@@ -54,7 +54,7 @@ class SweepFolder:
     """
 
     def __init__(self, out: Path) -> None:
-        if out.exists() and not (out.is_dir() and ((out / "sweep.yaml").is_file() or not any(out.iterdir()))):
+        if out.exists() and not (out.is_dir() and ((out / "rows").is_dir() or not any(out.iterdir()))):
             raise ConfigurationError(f"--out {out}: exists and is no sweep; name a new folder")
         self.out, self.rows = out, out / "rows"
         try:
@@ -63,14 +63,14 @@ class SweepFolder:
             raise ConfigurationError(f"--out {out}: cannot be written ({error.strerror}); name another") from None
 
     def begin(self, sweep: Sweep, study: Study) -> None:
-        """Write down what is asked for. What a killed process left half-written is removed."""
-        for left_over in [*self.out.glob(".*.part"), *self.rows.glob(".*.part")]:
-            left_over.unlink()
+        """Write down what is asked for."""
         _write(self.out / "sweep.yaml", _yaml(sweep.model_dump(mode="json")))
         _write(self.out / "study.yaml", _yaml(study.model_dump(mode="json")))
 
     def resume(self, jobs: list[Job], *, mixed: bool) -> dict[str, Row]:
         """Write down the jobs; those rows of theirs that are there already, by file name.
+
+        What a killed process left half-written is removed.
 
         Args:
             jobs: whose rows are wanted.
@@ -80,6 +80,8 @@ class SweepFolder:
             ConfigurationError: rows of other code, and not `mixed`.
             DataError: a damaged row.
         """
+        for left_over in [*self.out.glob(".*.part"), *self.rows.glob(".*.part")]:
+            left_over.unlink()
         names = [job.file_name for job in jobs]
         found = {name: _read(self.rows / name) for name in names if (self.rows / name).is_file()}
         others = sorted({row.code_digest for row in found.values()} - {rooms_digest()})
