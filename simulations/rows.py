@@ -18,12 +18,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from common.errors import DataError
+from common.errors import ConfigurationError, DataError
 from common.privacy.plan import Plan
 
 VERSION = 1
+JOBS, ROWS = "jobs.json", "rows"  # in a sweep's folder (simulations/sweep_folder.py): names of rows in order, and rows
 POOLED = "pooled"  # the `site` of all held-out patients together
 MIN_EVENTS = 10
 Setting = str | int | float | bool | None
@@ -214,6 +216,32 @@ class Row:
             )
         except (TypeError, KeyError, AttributeError):
             raise DataError("a row with missing or unknown keys; it was damaged: remove it and run it again") from None
+
+
+def load_rows(out: Path) -> list[Row]:
+    """The finished rows of a sweep's folder, in the order of its tables; fewer than all while it runs.
+
+    Raises:
+        ConfigurationError: `out` is no sweep's folder.
+        DataError: a damaged row.
+    """
+    try:
+        names = json.loads((out / JOBS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ConfigurationError(f"{out}: no folder of a sweep; name the --out of `wardround simulate sweep`") from None
+    return [read_row(out / ROWS / name) for name in names if (out / ROWS / name).is_file()]
+
+
+def read_row(path: Path) -> Row:
+    """The row in a file. Raises DataError with its path."""
+    try:
+        return Row.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: not a row ({type(error).__name__}); remove the file and run the sweep again"
+        ) from None
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def _site(data: Mapping[str, Any]) -> SiteRow:

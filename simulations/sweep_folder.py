@@ -26,11 +26,11 @@ from typing import Any
 
 import yaml
 
-from common.errors import ConfigurationError, DataError
+from common.errors import ConfigurationError
 from common.provenance import ROOT
 from common.study import Study
 from simulations.planning import Job
-from simulations.rows import Estimate, Row
+from simulations.rows import JOBS, ROWS, Estimate, Row, read_row
 from simulations.sweep import Sweep
 
 ROOMS = ("common", "client", "server", "simulations")
@@ -54,9 +54,9 @@ class SweepFolder:
     """
 
     def __init__(self, out: Path) -> None:
-        if out.exists() and not (out.is_dir() and ((out / "rows").is_dir() or not any(out.iterdir()))):
+        if out.exists() and not (out.is_dir() and ((out / ROWS).is_dir() or not any(out.iterdir()))):
             raise ConfigurationError(f"--out {out}: exists and is no sweep; name a new folder")
-        self.out, self.rows = out, out / "rows"
+        self.out, self.rows = out, out / ROWS
         try:
             self.rows.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -83,7 +83,7 @@ class SweepFolder:
         for left_over in [*self.out.glob(".*.part"), *self.rows.glob(".*.part")]:
             left_over.unlink()
         names = [job.file_name for job in jobs]
-        found = {name: _read(self.rows / name) for name in names if (self.rows / name).is_file()}
+        found = {name: read_row(self.rows / name) for name in names if (self.rows / name).is_file()}
         others = sorted({row.code_digest for row in found.values()} - {rooms_digest()})
         if others and not mixed:
             count = sum(row.code_digest in others for row in found.values())
@@ -91,7 +91,7 @@ class SweepFolder:
                 f"--out {self.out}: {count} of its {len(found)} rows are of other code ({others[0][:12]}, this is "
                 f"{rooms_digest()[:12]}); name a new folder, or mix them on purpose with --force"
             )
-        _write(self.out / "jobs.json", json.dumps(names, indent=1) + "\n")
+        _write(self.out / JOBS, json.dumps(names, indent=1) + "\n")
         return found
 
     def store(self, job: Job, row: Row) -> None:
@@ -102,20 +102,6 @@ class SweepFolder:
         """Write the tables."""
         _write(self.out / "results.csv", as_csv(rows))
         _write(self.out / "results.json", json.dumps([row.to_json() for row in rows], indent=1, allow_nan=False) + "\n")
-
-
-def load_rows(out: Path) -> list[Row]:
-    """The finished rows of a sweep's folder, in the order of its tables; fewer than all while it runs.
-
-    Raises:
-        ConfigurationError: `out` is no sweep's folder.
-        DataError: a damaged row.
-    """
-    try:
-        names = json.loads((out / "jobs.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ConfigurationError(f"{out}: no folder of a sweep; name the --out of `wardround simulate sweep`") from None
-    return [_read(out / "rows" / name) for name in names if (out / "rows" / name).is_file()]
 
 
 def as_csv(rows: list[Row]) -> str:
@@ -152,17 +138,6 @@ def as_csv(rows: list[Row]) -> str:
 
 def _spread(name: str, estimate: Estimate) -> dict[str, float | None]:
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-
-
-def _read(path: Path) -> Row:
-    try:
-        return Row.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: not a row ({type(error).__name__}); remove the file and run the sweep again"
-        ) from None
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
 
 
 def _write(path: Path, text: str) -> None:

@@ -37,10 +37,11 @@ def command(
     from common.study import load_study
     from simulations.curves import curve_table
     from simulations.planning import plan_jobs
+    from simulations.rows import load_rows
     from simulations.run_folder import RESEARCH
     from simulations.seeded import STAMP
     from simulations.sweep import load_sweep
-    from simulations.sweep_folder import SweepFolder, load_rows
+    from simulations.sweep_folder import SweepFolder
 
     console = Console()
     terms = load_sweep(sweep)

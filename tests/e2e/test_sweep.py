@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from simulations.rows import Row
-from simulations.sweep_folder import load_rows
+from simulations.rows import Row, load_rows
 from tests.simulations.sweeps import GROUPS, ROOT, small_sweep
 
 LINES = ["best-possible", "fedavg-one-step", "logistic", "alone", "prevalence"]

@@ -68,7 +68,7 @@ def test_a_process_that_is_killed_is_an_error(jobs: list[Job]) -> None:
     for child in multiprocessing.active_children():
         assert child.pid is not None
         os.kill(child.pid, signal.SIGKILL)
-    with pytest.raises(WardroundError, match="the process of `.*` ended; .* use fewer --workers"):
+    with pytest.raises(WardroundError, match=r"the process of `.*` ended; .* use fewer --workers"):
         list(answers)
     assert multiprocessing.active_children() == []
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 from common.errors import DataError
 from simulations.rows import POOLED, Estimate, Row
-from tests.simulations.sweeps import row
+from tests.simulations.sweeps import ROOT, row
 
 
 def test_a_row_survives_its_file() -> None:
@@ -59,6 +61,13 @@ def test_anything_else_is_one_clear_error(change: dict[str, Any], message: str) 
     """Another version, or keys that a row has not, is a DataError with the remedy."""
     with pytest.raises(DataError, match=message):
         Row.from_json(row().to_json() | change)
+
+
+def test_a_report_starts_fast() -> None:
+    """Reading rows imports neither torch nor Flower nor Opacus, which take seconds."""
+    program = "import sys, simulations.rows; print({'torch', 'flwr', 'opacus'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_a_missing_key_is_one_clear_error() -> None:

@@ -12,8 +12,8 @@ import pytest
 from common.errors import ConfigurationError, DataError
 from simulations import sweep_folder
 from simulations.planning import Job
-from simulations.rows import Row
-from simulations.sweep_folder import SweepFolder, as_csv, load_rows, rooms_digest
+from simulations.rows import Row, load_rows
+from simulations.sweep_folder import SweepFolder, as_csv, rooms_digest
 from tests.simulations.sweeps import jobs_of, row
 
 
