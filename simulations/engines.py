@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
@@ -26,9 +26,10 @@ from simulations.run_job import run_job
 
 Engine = Literal["local", "ray"]
 Answer = Row | WardroundError
+Answers = Generator[tuple[Job, Answer], None, None]  # closing it ends the processes
 
 
-def run_jobs(jobs: list[Job], code: str, *, workers: int = 1, engine: Engine = "local") -> Iterator[tuple[Job, Answer]]:
+def run_jobs(jobs: list[Job], code: str, *, workers: int = 1, engine: Engine = "local") -> Answers:
     """Run the jobs and yield each with its row, or with why there is none, in the order in which they end.
 
     Args:
@@ -59,7 +60,7 @@ def attempt(job: Job, code: str) -> Answer:
         return WardroundError(f"{type(error).__name__} at {frame.filename}:{frame.lineno}; this is a defect, report it")
 
 
-def _on_processes(jobs: list[Job], code: str, workers: int) -> Iterator[tuple[Job, Answer]]:
+def _on_processes(jobs: list[Job], code: str, workers: int) -> Answers:
     context = multiprocessing.get_context("spawn")
     waiting, processes = deque(jobs), []
     busy: dict[Connection, Job] = {}
@@ -105,7 +106,7 @@ def _work(pipe: Connection, code: str) -> None:
             return
 
 
-def _on_ray(jobs: list[Job], code: str, workers: int) -> Iterator[tuple[Job, Answer]]:
+def _on_ray(jobs: list[Job], code: str, workers: int) -> Answers:
     """The same jobs as Ray tasks; on several machines, the sweep's folder and the records must be visible to all."""
     if importlib.util.find_spec("ray") is None:
         raise ConfigurationError("--engine ray needs Ray: pip install 'wardround[ray]', or use --engine local")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -76,19 +77,19 @@ def _run(console: Console, folder: SweepFolder, jobs: list[Job], workers: int, e
     from simulations.sweep_folder import rooms_digest
 
     began, total, done, failed = time.monotonic(), sum(job.effort for job in jobs), 0.0, 0
-    ended = run_jobs(jobs, rooms_digest(), workers=workers, engine=engine)
-    for number, (job, answer) in enumerate(ended, start=1):
-        done += job.effort
-        passed = time.monotonic() - began
-        if isinstance(answer, WardroundError):
-            failed += 1
-            told = f"failed: {answer}"
-        else:
-            folder.store(job, answer)
-            told = _told(answer)
-        told_enough = ENOUGH * total < done < total  # the first rows also read the records
-        left = f"; about {_minutes(passed / done * (total - done))} left" if told_enough else ""
-        console.print(f"[{number}/{len(jobs)}] {job.title}: {told}{left}", highlight=False, markup=False)
+    with closing(run_jobs(jobs, rooms_digest(), workers=workers, engine=engine)) as ended:
+        for number, (job, answer) in enumerate(ended, start=1):
+            done += job.effort
+            passed = time.monotonic() - began
+            if isinstance(answer, WardroundError):
+                failed += 1
+                told = f"failed: {answer}"
+            else:
+                folder.store(job, answer)
+                told = _told(answer)
+            told_enough = ENOUGH * total < done < total  # the first rows also read the records
+            left = f"; about {_minutes(passed / done * (total - done))} left" if told_enough else ""
+            console.print(f"[{number}/{len(jobs)}] {job.title}: {told}{left}", highlight=False, markup=False)
     return failed
 
 

@@ -77,7 +77,7 @@ def test_who_stops_listening_ends_the_processes(jobs: list[Job]) -> None:
     """Ctrl-C in the middle leaves no process behind."""
     answers = run_jobs(jobs, "code", workers=2)
     next(answers)
-    answers.close()  # type: ignore[attr-defined]  # a generator, as every iterator here
+    answers.close()
     assert multiprocessing.active_children() == []
 
 
