@@ -100,7 +100,8 @@ class Chart:
             if series.level:
                 what = f"{series.points[0].y:.{self.decimals}f} throughout"
             else:
-                what = ", ".join(f"{p.y:.{self.decimals}f} at {self.x.words(p.x)}" for p in series.points)
+                points = sorted(series.points, key=lambda point: point.x)
+                what = ", ".join(f"{p.y:.{self.decimals}f} at {self.x.words(p.x)}" for p in points)
             parts.append(f"{letter}, {series.name}: {what}.")
         return " ".join(parts)
 

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 from common.report.chart import LETTERS, Chart, Point, Series
 
+NEAR = 20.0  # series that end so close to each other share a column of letters
 COLOURS = 6  # classes c0..c5 of the style sheet
 DASHES = ("", "7 3", "2 3", "10 3 2 3", "5 5", "12 4")
 MARKERS = (  # around (0, 0), about 4 units in each direction; every second one is drawn hollow
@@ -94,16 +95,19 @@ class _Drawing:
 
     def markup(self) -> str:
         self._axes()
-        ends: dict[float, list[tuple[str, float, float]]] = {}  # by the tick that a series ends at
-        for index, series in enumerate(self.chart.series):
-            at, x, y = self._series(index, series)
-            ends.setdefault(at, []).append((LETTERS[index], x, y))
-        for letters in ends.values():
+        ends = [(LETTERS[index], *self._series(index, series)) for index, series in enumerate(self.chart.series)]
+        together: list[list[tuple[str, float, float]]] = []
+        for end in sorted(ends, key=lambda end: end[1]):
+            if together and end[1] - together[-1][-1][1] < NEAR:
+                together[-1].append(end)
+            else:
+                together.append([end])
+        for letters in together:
             self._letters(letters)
         return _text_of(self.svg)
 
     def _letters(self, letters: list[tuple[str, float, float]]) -> None:
-        """The letters of series that end together, right of all of them, one below the other, each with a leader."""
+        """The letters of series that end side by side, right of all of them, one below the other, with leaders."""
         x = max(end for _, end, _ in letters) + 7
         for (letter, _, y), place in zip(letters, spread([y for *_, y in letters], self.shape.text + 1), strict=True):
             self._path(f"M{x:.1f} {y:.1f}L{x + 7:.1f} {place:.1f}", "leader")
@@ -135,14 +139,14 @@ class _Drawing:
             low, high = max(self.chart.x.low, self.chart.y.low), min(self.chart.x.high, self.chart.y.high)
             self._path(f"M{self.x(low):.1f} {self.y(low):.1f}L{self.x(high):.1f} {self.y(high):.1f}", "gap")
 
-    def _series(self, index: int, series: Series) -> tuple[float, float, float]:
-        """Draw a series; the place on the axis at which it ends, and where in the drawing that is."""
+    def _series(self, index: int, series: Series) -> tuple[float, float]:
+        """Draw a series; where in the drawing it ends."""
         _, dash, marker, hollow = style_of(index)
         group = ElementTree.SubElement(self.svg, "g", {"class": f"c{index % COLOURS}" + " strong" * series.strong})
         if series.level:
             y = self.y(series.points[0].y)
             ElementTree.SubElement(group, "path", _line_of(f"M{self.shape.left} {y:.1f}H{self.right}", dash, "level"))
-            return self.chart.x.high, self.right - 5.0, y
+            return self.right - 5.0, y
         # Each series stands a little beside its place: bars of several at one place would hide one another.
         measured = [i for i, other in enumerate(self.chart.series) if any(p.low is not None for p in other.points)]
         rank = measured.index(index) if index in measured else (len(measured) - 1) / 2
@@ -162,7 +166,7 @@ class _Drawing:
                 ElementTree.SubElement(group, "path", {"class": "bar", "d": bar})
             shape = {"class": "marker hollow" if hollow else "marker", "d": marker}
             ElementTree.SubElement(group, "path", {**shape, "transform": f"translate({x:.1f} {y:.1f})"})
-        return points[-1].x, *places[-1]
+        return places[-1]
 
     def _dodge(self, number: int) -> float:
         """How far apart bars at one place stand: never so far that they reach into the next place."""

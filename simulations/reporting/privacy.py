@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from client.wording import best_guess
 from common.privacy.plan import Plan
@@ -194,7 +195,9 @@ def _plan(rows: list[Row]) -> Plan | None:
     return next((row.plan for row in rows if row.plan is not None), None)
 
 
+@lru_cache(maxsize=64)
 def _in_hundred(plan: Plan) -> int:
+    """Right guesses of 100, rounded up: the same plan stands in several places of a page."""
     return math.ceil(100 * best_guess(plan))
 
 
