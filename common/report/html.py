@@ -7,6 +7,7 @@ every request, so that a name that slipped through could still do nothing.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from common.report.chart import LETTERS
@@ -33,9 +34,15 @@ def render(page: Page) -> str:
     return environment.get_template("page.html.jinja").render(
         page=page,
         style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),  # noqa: S704 (our own file)
+        foot=Markup(_plain(" ".join(stamp.title for stamp in page.stamps))),  # noqa: S704 (letters and spaces only)
         draw=lambda chart, shape: Markup(draw(chart, shape)),  # noqa: S704 (escaped by ElementTree)
         swatch=lambda index, series: Markup(swatch(index, level=series.level, joined=series.joined)),  # noqa: S704 (holds no text)
         thin=Markup(THIN),  # noqa: S704 (a constant)
         shapes=(WIDE, NARROW),
         letters=LETTERS,
     )
+
+
+def _plain(text: str) -> str:
+    """The text without any character that means something in a style sheet."""
+    return re.sub(r"[^\w .,:;()-]", "", text)

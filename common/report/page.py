@@ -139,8 +139,8 @@ class Page:
 
     Attributes:
         title: the only first-level heading.
-        stamps: what must be said beside every number of the page; shown below the title, and on top of every
-            printed page by the browser's own header, which repeats `title`.
+        stamps: what must be said beside every number of the page: below its title, and their own titles at the foot
+            of every printed sheet, which may be handed on alone.
         sections: in the order of reading.
         made_by: one line at the foot.
     """

@@ -13,7 +13,7 @@ from simulations.reporting.curve import Sweep
 from simulations.rows import Row
 
 SEEDED = Notice(
-    "Not for use: the weights of this page are not private.",
+    "Not for use: these weights are not private (seeded simulation).",
     "A simulation is seeded, so that it can be made again; whoever can make the noise again can take it off. "
     "Epsilon here is what the same plan costs with secret randomness, as in a real run.",
 )

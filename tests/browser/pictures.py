@@ -1,4 +1,6 @@
-"""Pictures of a report for the docs, phone and desktop: python -m tests.browser.pictures FOLDER docs/images
+"""Pictures of a report for the docs, on a phone and on a desktop.
+
+    python -m tests.browser.pictures FOLDER docs/images
 
 FOLDER holds a report.html (`wardround simulate report`). Also writes report.pdf beside it, to look at the paper.
 """

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.report.html import FOLDER, render
+from common.report.html import FOLDER, _plain, render
 from common.report.svg import MARKERS, NARROW, WIDE, draw, spread, style_of
 from tests.common.report.examples import HOSTILE, small_chart, small_page
 
+ROOT = Path(__file__).resolve().parents[3]
 LOADS = ("src", "srcset", "href", "action", "data", "poster", "background", "formaction", "xlink:href", "ping")
 VOID = ("meta", "link", "br", "img", "input", "hr")
 
@@ -79,6 +82,27 @@ def test_nothing_is_loaded(html: str, outline: Outline) -> None:
     policy = next(m["content"] for m in outline.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
     assert "default-src 'none'" in policy
     assert "script-src" not in policy
+
+
+def test_the_stamps_stand_on_every_sheet_of_paper(html: str) -> None:
+    """A printed sheet that is handed on alone still says what the page says on top, in characters harmless to CSS."""
+    found = re.search(r'@bottom-left \{ content: "([^"]*)"', html)
+    assert found is not None
+    assert found.group(1) == _plain(HOSTILE)
+    assert set(found.group(1)).isdisjoint("<>\"'\\{}&/*=")
+    assert _plain("Not for use: the weights (of this page) are not private.") == (
+        "Not for use: the weights (of this page) are not private."
+    )
+
+
+def test_template_and_style_are_shipped() -> None:
+    """What a page is made with is part of the installed package: a wheel without it would fail at the first report."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    globs = project["tool"]["setuptools"]["package-data"]["common"]
+    shipped = {path for pattern in globs for path in (ROOT / "common").glob(pattern)}
+    needed = {path for path in FOLDER.iterdir() if path.is_file() and path.suffix != ".py"}
+    assert len(needed) == 2
+    assert needed <= shipped
 
 
 def test_landmarks_headings_and_skip_link(outline: Outline) -> None:
