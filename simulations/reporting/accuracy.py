@@ -103,9 +103,9 @@ def results(sweep: Sweep, at: float | None) -> list[tuple[str, str]]:
     )
     for question, key, epsilon, words in questions:
         if key in lines and key != main:
-            other, apart = lines[key].at(epsilon), gap(mine, sweep.pick(key, epsilon))
-            if other is not None and apart is not None:
-                said.append((question, f"{words} reached {fixed(other.value)}. {_verdict(apart)}"))
+            apart = gap(mine, sweep.pick(key, epsilon))
+            if apart is not None:
+                said.append((question, f"{words} reached {fixed(apart.second)}. {_verdict(apart)}"))
     said += _joining(sweep, at)
     return said
 
@@ -128,15 +128,14 @@ def _joining(sweep: Sweep, at: float | None) -> Iterator[tuple[str, str]]:
 
 def _verdict(apart: Gap) -> str:
     """A difference as it may be claimed."""
-    by = f"{fixed(abs(apart.mean))} {'above' if apart.mean > 0 else 'below'}"
+    by = f"the shared model with {fixed(apart.first)} is {fixed(abs(apart.mean))} "
+    by += "above" if apart.mean > 0 else "below"
     if apart.runs == 1:
-        return f"The shared model is {by}, in a single run: another run may differ."
+        return f"In a single run, {by}; another run may differ."
     if not apart.clear:
-        return (
-            f"No clear difference: the shared model is {by} on average, higher in {apart.higher} of {apart.runs} runs."
-        )
+        return f"No clear difference: {by} on average, and higher in {apart.higher} of {apart.runs} runs."
     every = "both" if apart.runs == 2 else f"all {apart.runs}"
-    return f"The shared model is {by}, {'higher' if apart.mean > 0 else 'lower'} in {every} runs."
+    return f"{by[0].upper()}{by[1:]}, {'higher' if apart.mean > 0 else 'lower'} in {every} runs."
 
 
 def _spoken(here: Spot) -> str:
@@ -195,8 +194,7 @@ def _table(sweep: Sweep, lines: list[Line]) -> Table:
         spots = [line.at(epsilon) for epsilon in columns]
         absent = Cell("not run" if any(e is not None for e in line.spots) else "no epsilon")
         cells = [score(s.value, s.low, s.high) if s else absent for s in spots]
-        runs = max((s.runs for s in line.spots.values()), default=0)
-        rows.append((Cell(line.name), *cells, Cell("exact") if line.level else Cell(str(runs), runs)))
+        rows.append((Cell(line.name), *cells, Cell("exact") if line.level else _runs(line)))
     return Table(
         "curve-data",
         "AUROC of every line at every epsilon",
@@ -204,6 +202,12 @@ def _table(sweep: Sweep, lines: list[Line]) -> Table:
         tuple(rows),
         "Mean over the runs; below it the widest 95 % interval of the runs.",
     )
+
+
+def _runs(line: Line) -> Cell:
+    """How many runs stand behind a line's values; fewest to most where they differ."""
+    runs = sorted({spot.runs for spot in line.spots.values()})
+    return Cell(str(runs[0]), runs[0]) if len(runs) == 1 else Cell(f"{runs[0]} to {runs[-1]}")
 
 
 def _missing(sweep: Sweep) -> Iterator[Notice]:

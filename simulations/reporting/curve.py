@@ -14,7 +14,7 @@ Decisions a reader would question:
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from common.errors import DataError
@@ -48,11 +48,22 @@ class Spot:
 
 @dataclass(frozen=True)
 class Gap:
-    """A difference between two lines, run by run on the same seeds: its mean, and how often the first was higher."""
+    """Two lines compared run by run, on the seeds that both have.
 
-    mean: float
+    Attributes:
+        first, second: their means over these seeds.
+        higher: in how many of the `runs` the first was higher.
+    """
+
+    first: float
+    second: float
     higher: int
     runs: int
+
+    @property
+    def mean(self) -> float:
+        """How far the first is above the second."""
+        return self.first - self.second
 
     @property
     def clear(self) -> bool:
@@ -169,16 +180,18 @@ def auroc_at(rows: Iterable[Row], site: str = POOLED) -> Spot | None:
 
 def gap(first: Iterable[Row], second: Iterable[Row], site: str = POOLED) -> Gap | None:
     """AUROC of `first` minus `second` on a site's patients, seed by seed; None without a common seed."""
-    measure: Callable[[Row], Estimate | None] = lambda row: _auroc(row, site)  # noqa: E731 (named for the reader)
-    one = {row.seed: measure(row) for row in first}
-    other = {row.seed: measure(row) for row in second}
-    apart = [
-        a.value - b.value
+    one = {row.seed: _auroc(row, site) for row in first}
+    other = {row.seed: _auroc(row, site) for row in second}
+    pairs = [
+        (a.value, b.value)
         for seed in sorted(set(one) & set(other))
         if (a := one[seed]) is not None and (b := other[seed]) is not None
         if a.value is not None and b.value is not None
     ]
-    return Gap(statistics.fmean(apart), sum(value > 0 for value in apart), len(apart)) if apart else None
+    if not pairs:
+        return None
+    means = [statistics.fmean(values) for values in zip(*pairs, strict=True)]
+    return Gap(means[0], means[1], sum(a > b for a, b in pairs), len(pairs))
 
 
 def best_possible(rows: Iterable[Row], site: str = POOLED) -> float | None:

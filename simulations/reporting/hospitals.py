@@ -164,9 +164,7 @@ def _weighting_table(sweep: Sweep, budgets: list[float | None]) -> Table:
                 (
                     Cell(f"{site}, epsilon {budget(epsilon)}"),
                     *(_weighted_cell(known.get(name), site) for name in WEIGHTINGS),
-                    gap_cell(Gap(-worst[1].mean, worst[1].runs - worst[1].higher, worst[1].runs))
-                    if worst
-                    else Cell(UNKNOWN),
+                    gap_cell(gap(known["precision"], known[worst[0]], site) if worst else None),
                 )
             )
     return Table(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from common.report.chart import Axis, Chart, Point, Series, even_ticks
 from common.report.page import Block, Cell, Figure, Notice, Paragraph, Section, Table
@@ -13,6 +13,7 @@ from simulations.reporting.names import name_of
 from simulations.rows import MIN_EVENTS, Bin, CalibrationRow, Row, Subgroup
 
 MASKED = Cell("not shown")
+OFF = 1.25  # times the observed share: a mean risk beyond it is warned of
 PLAIN = "federated-no-privacy"
 
 
@@ -86,8 +87,22 @@ def calibration_section(sweep: Sweep, at: float | None) -> Section | None:
                 _bins_table(first),
             )
         )
+    blocks += _on_average(first, rows[0].seed)
     blocks.append(_numbers_table(sweep))
     return Section("calibration", "Are the risks true?", tuple(blocks))
+
+
+def _on_average(calibration: CalibrationRow, seed: int) -> Iterator[Notice]:
+    """A warning where the mean risk is more than a quarter off the share of patients with the diagnosis."""
+    count = sum(part.sequences for part in calibration.bins)
+    predicted = sum(part.sequences * part.predicted for part in calibration.bins) / count
+    observed = sum(part.sequences * part.observed for part in calibration.bins) / count
+    if min(observed, 1 - observed) * count >= MIN_EVENTS and not observed / OFF <= predicted <= observed * OFF:
+        yield Notice(
+            f"The risks are too {'low' if predicted < observed else 'high'}.",
+            f"On average the model predicts {100 * predicted:.1f} %, and {100 * observed:.1f} % have the diagnosis (run "
+            f"with seed {seed}). Its ranking may be used, its risks not as they are.",
+        )
 
 
 def _chart(calibration: CalibrationRow, at: float | None) -> Chart:

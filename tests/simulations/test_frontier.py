@@ -184,7 +184,8 @@ def test_it_begins_with_what_was_done_and_what_came_out(page: Page) -> None:
 def test_a_single_run_is_said_to_be_one(rows: list[Row]) -> None:
     """A result of one seed claims no difference and says that another run may differ."""
     said = words(build_page([row for row in rows if row.seed == 0], Origin()))
-    assert "in a single run: another run may differ" in said
+    assert "In a single run, the shared model with" in said
+    assert "another run may differ" in said
     assert "Few runs." in said
 
 
@@ -279,6 +280,27 @@ def test_small_calibration_bins_are_masked(rows: list[Row]) -> None:
     figure = next(b for b in built.blocks() if isinstance(b, Figure) and b.chart.name == "calibration-curve")
     assert [point.x for point in figure.chart.series[0].points] == [0.2]
     assert cells(built, "calibration-numbers")["epsilon 3"] == ["1.10", "unknown", "0.00"]
+
+
+@pytest.mark.parametrize(("predicted", "word"), [(0.2, None), (0.17, None), (0.15, "low"), (0.26, "high")])
+def test_risks_that_are_off_on_average_are_warned_of(rows: list[Row], predicted: float, word: str | None) -> None:
+    """A mean risk more than a quarter off the share of patients with the diagnosis is said in words."""
+    bins = (Bin(500, predicted, 0.2, 0.17, 0.24),)
+    some = changed(rows, "fedavg-one-step", calibration=CalibrationRow(bins, 1.0, 0.0, 0.0))
+    said = words(build_page(some, Origin()))
+    assert [w for w in ("low", "high") if f"The risks are too {w}." in said] == ([word] if word else [])
+
+
+def test_a_comparison_speaks_of_the_runs_that_both_have(rows: list[Row]) -> None:
+    """Where a line lacks seeds, both values of a comparison are means over the seeds that both have."""
+    some = [row for row in rows if not (row.line == "naive" and row.seed > 0)]
+    sweep = Sweep(some)
+    apart = gap(sweep.pick("fedavg-one-step", 3.0), sweep.pick("naive", 3.0))
+    alone = auroc_at(sweep.pick("fedavg-one-step", 3.0)[:1])
+    assert apart is not None
+    assert alone is not None
+    assert apart.first == alone.value
+    assert apart.runs == 1
 
 
 def test_numbers_that_are_not_there_are_words(rows: list[Row], tmp_path: Path) -> None:
