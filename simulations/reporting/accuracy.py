@@ -224,7 +224,7 @@ def _missing(sweep: Sweep) -> Iterator[Notice]:
 
 def _alone(sweep: Sweep, epsilon: float | None) -> Spot | None:
     """All hospitals alone, scored on everybody's patients: mean weighted by declared size, from worst to best."""
-    sizes = {site: max(_declared(sweep, site), 1) for site in sweep.sites}
+    sizes = {site: max(sweep.declared(site), 1) for site in sweep.sites}
     spots = {}
     for site in sizes:
         rows = [r for r in sweep.pick(ALONE + site, epsilon) if {s.site for s in r.sites} >= set(sweep.sites)]
@@ -235,10 +235,6 @@ def _alone(sweep: Sweep, epsilon: float | None) -> Spot | None:
     mean = sum(sizes[site] * s.value for site, s in known.items()) / sum(sizes.values())
     values = [s.value for s in known.values()]
     return Spot(mean, min(values), max(values), min(s.runs for s in known.values()), None)
-
-
-def _declared(sweep: Sweep, site: str) -> int:
-    return max((s.declared_patients for row in sweep.rows for s in row.sites if s.site == site), default=0)
 
 
 def _from_best(lines: list[Line], at: float | None) -> list[Line]:

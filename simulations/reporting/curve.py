@@ -116,6 +116,10 @@ class Sweep:
         """Names of the hospitals that were scored."""
         return list(dict.fromkeys(site.site for row in self.rows for site in row.sites if site.site != POOLED))
 
+    def declared(self, site: str) -> int:
+        """What a hospital has published of its size; 0 for one that only tests."""
+        return max((s.declared_patients for row in self.rows for s in row.sites if s.site == site), default=0)
+
     @property
     def seeds(self) -> list[int]:
         """Seeds of the runs, ascending."""

@@ -42,13 +42,13 @@ def hospitals_section(sweep: Sweep, at: float | None) -> Section | None:
                 "small hospital whose patients differ."
             ),
             *_harm(sweep, budgets),
-            Figure(
-                _chart(sweep, shown),
-                f"AUROC of each hospital at epsilon {budget(shown)} under the three weightings. "
-                "Bars: the widest 95 % interval of the runs.",
-                _weighting_table(sweep, budgets),
-            ),
         ]
+        chart, numbers = _chart(sweep, shown), _weighting_table(sweep, budgets)
+        caption = (
+            f"AUROC of each hospital at epsilon {budget(shown)} under the three weightings. Bars: the widest 95 % "
+            "interval of the runs."
+        )
+        blocks.append(Figure(chart, caption, numbers) if chart is not None else numbers)
     return Section("hospitals", "Hospital by hospital", tuple(blocks))
 
 
@@ -60,8 +60,7 @@ def _own_patients(sweep: Sweep, at: float | None) -> Table:
     with_alone = any(alone.values())
     lines = []
     for site in sweep.sites:
-        own = next(s for s in rows[0].sites if s.site == site)
-        cells = [Cell(site), whole(own.declared_patients), _spot_cell(auroc_at(rows, site))]
+        cells = [Cell(site), whole(sweep.declared(site)), _spot_cell(auroc_at(rows, site))]
         if with_alone:
             cells += [_spot_cell(auroc_at(alone[site], site)), gap_cell(gap(rows, alone[site], site))]
         if with_best:
@@ -133,7 +132,8 @@ def _cost_of_precision(sweep: Sweep, epsilon: float | None, site: str) -> tuple[
     return name, there[name]
 
 
-def _chart(sweep: Sweep, epsilon: float | None) -> Chart:
+def _chart(sweep: Sweep, epsilon: float | None) -> Chart | None:
+    """The weightings side by side, hospital by hospital; None if no hospital has an AUROC."""
     known = _weightings(sweep, epsilon)
     places = list(enumerate(sweep.sites))
     series = []
@@ -144,6 +144,8 @@ def _chart(sweep: Sweep, epsilon: float | None) -> Chart:
         numbers += [y for p in points for y in (p.y, p.low, p.high) if y is not None]
         if points:
             series.append(Series(f"Weighted {WORDS[name]}", points, joined=False))
+    if not numbers:
+        return None
     low, high = int(min(numbers) * 20) / 20, -int(-max(numbers) * 20 - 1) / 20
     return Chart(
         name="weightings",

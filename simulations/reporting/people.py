@@ -100,8 +100,8 @@ def _on_average(calibration: CalibrationRow, seed: int) -> Iterator[Notice]:
     if min(observed, 1 - observed) * count >= MIN_EVENTS and not observed / OFF <= predicted <= observed * OFF:
         yield Notice(
             f"The risks are too {'low' if predicted < observed else 'high'}.",
-            f"On average the model predicts {100 * predicted:.1f} %, and {100 * observed:.1f} % have the diagnosis (run "
-            f"with seed {seed}). Its ranking may be used, its risks not as they are.",
+            f"On average the model predicts {100 * predicted:.1f} %, and {100 * observed:.1f} % have the diagnosis "
+            f"(run with seed {seed}). Its ranking may be used, its risks not as they are.",
         )
 
 

@@ -393,6 +393,25 @@ def test_a_sweep_of_any_single_line_has_a_report(rows: list[Row], line: str) -> 
     assert [type(block) for block in built.blocks() if isinstance(block, Listing)] == []
 
 
+@pytest.mark.parametrize("epsilon", [3.0, None])
+def test_a_sweep_of_a_single_budget_has_a_report(rows: list[Row], epsilon: float | None) -> None:
+    """One epsilon alone, or `none` alone, gives a page with its curve."""
+    built = build_page([row for row in rows if row.epsilon == epsilon], Origin())
+    assert "curve-data" in [found.name for found in built.tables()]
+
+
+def test_hospitals_without_any_score_leave_tables_of_words(rows: list[Row]) -> None:
+    """Where no hospital has patients with and without the diagnosis, no hospital is drawn, and the page says unknown."""
+
+    def unscored(row: Row) -> Row:
+        sites = tuple(s if s.site == POOLED else replace(s, auroc=Estimate(None)) for s in row.sites)
+        return replace(row, sites=sites)
+
+    built = build_page([unscored(row) for row in rows], Origin())
+    assert cells(built, "own-patients")["west"][1] == "unknown"
+    assert "weightings" not in [block.chart.name for block in built.blocks() if isinstance(block, Figure)]
+
+
 def test_a_report_needs_neither_torch_nor_flower() -> None:
     """Making a report again imports nothing that trains or draws: it starts in a second."""
     from tests.test_packaging import loaded_by
