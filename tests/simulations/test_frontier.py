@@ -401,7 +401,7 @@ def test_a_sweep_of_a_single_budget_has_a_report(rows: list[Row], epsilon: float
 
 
 def test_hospitals_without_any_score_leave_tables_of_words(rows: list[Row]) -> None:
-    """Where no hospital has patients with and without the diagnosis, no hospital is drawn, and the page says unknown."""
+    """Where no hospital has patients of both kinds, none is drawn, and the page says unknown."""
 
     def unscored(row: Row) -> Row:
         sites = tuple(s if s.site == POOLED else replace(s, auroc=Estimate(None)) for s in row.sites)
