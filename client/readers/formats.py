@@ -15,6 +15,7 @@ Decisions a reader would question:
 
 from __future__ import annotations
 
+import re
 import zoneinfo
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
@@ -35,6 +36,8 @@ from common.terms import Terms
 ORIGIN = datetime(2000, 1, 1)
 BILLING_TYPES = (32810, 32821)  # OMOP "Claim" and "EHR billing record": written at discharge, whatever their stamp
 
+_YEAR = re.compile(r"%[-_0]?[YyFD]")
+_DAY = re.compile(r"%[-_0]?[dejFD]")
 Column = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=64)]
 
@@ -79,6 +82,8 @@ class When(Terms):
     def _one_way(self) -> Self:
         if self.unit is not None and self.format is not None:
             raise ValueError("unit and format exclude each other: a number is counted, a text is read; remove one")
+        if self.format is not None and not (_YEAR.search(self.format) and _DAY.search(self.format)):
+            raise ValueError("format names no year or no day, such as %Y and %d: without them the time is too early")
         given = {"each", "origin", "origin_column"} & self.model_fields_set
         if self.unit is None and given:
             raise ValueError(f"{sorted(given)[0]} goes with `unit`; add unit, or remove it")

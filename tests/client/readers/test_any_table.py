@@ -8,7 +8,8 @@ import io
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def table_of(dialect: dict[str, Any], path: str) -> dict[str, Any]:
     }
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(rows=ROWS, dialect=DIALECTS)
 def test_every_dialect_gives_the_same_events(rows: list[Row], dialect: dict[str, Any]) -> None:
     """Column order, separator, decimal mark, encoding, BOM, line ends, quotation, compression, time format and
@@ -99,7 +100,7 @@ def test_every_dialect_gives_the_same_events(rows: list[Row], dialect: dict[str,
     assert found.equals(wanted)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=60)
 @given(rows=ROWS, dialect=DIALECTS, data=st.data())
 def test_damaged_files_give_events_or_one_clear_error(
     rows: list[Row], dialect: dict[str, Any], data: st.DataObject
@@ -130,6 +131,59 @@ def test_damaged_files_give_events_or_one_clear_error(
             assert "\n" not in message
             assert not [secret for secret in SECRETS if secret in message]
             assert [path.name for path in here.iterdir()] == [name]
+
+
+TYPED: list[list[Any]] = [
+    [1, 2],
+    [2**63, 1],
+    [-5, None],
+    [1.0, 2.5],
+    [float("nan"), float("inf")],
+    ["1", "Zyx98765"],
+    ["1987-01-01 10:00", "1987-01-02"],
+    ["1987-01-01 10:00:00Z", None],
+    [True, False],
+    [None, None],
+    [b"Zyx98765", b"1"],
+    [[1], [2]],
+    [{"a": 1}, {"a": 2}],
+    [datetime(1987, 1, 1), datetime(1, 1, 1)],
+    [datetime(1987, 1, 1).date(), None],
+    [datetime(1987, 1, 1, tzinfo=UTC), None],
+    [timedelta(hours=1), timedelta(0)],
+    [datetime(1987, 1, 1).time(), None],
+    [Decimal("77.125"), Decimal("98765")],
+]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    cells=st.fixed_dictionaries({name: st.sampled_from(TYPED) for name in ("pid", "when", "item", "result")}),
+    keys=st.fixed_dictionaries({}, optional={"text": st.just("result"), "only": st.just({"item": "1"})}),
+    unit=st.sampled_from([None, "hours"]),
+    zone=st.sampled_from([None, "Europe/Berlin"]),
+)
+def test_parquet_of_any_types_gives_events_or_one_clear_error(
+    cells: dict[str, list[Any]], keys: dict[str, Any], unit: str | None, zone: str | None
+) -> None:
+    """Whatever types the columns have: events, or one line of ours without anything of a patient."""
+    time = {"column": "when", **({"unit": unit} if unit else {})}
+    table = {"files": "e.parquet", "patient": "pid", "time": time, "code": "item", "value": "result", **keys}
+    with folder() as place:
+        pl.DataFrame({name: pl.Series(values, dtype=_dtype(values)) for name, values in cells.items()}).write_parquet(
+            place / "e.parquet"
+        )
+        try:
+            convert_to(place / "out", kind="events", tables=[table], **({"timezone": zone} if zone else {}))
+            events_of(place / "out")
+        except WardroundError as error:
+            message = str(error).replace(str(place), "")
+            assert "\n" not in message
+            assert not [secret for secret in SECRETS if secret in message]
+
+
+def _dtype(values: list[Any]) -> pl.DataType | None:
+    return pl.UInt64() if 2**63 in values else None
 
 
 def test_a_patient_of_ten_thousand_steps_is_read_whole(tmp_path: Path) -> None:

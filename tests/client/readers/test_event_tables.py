@@ -219,6 +219,8 @@ def test_zones_in_some_times_only_are_refused(tmp_path: Path) -> None:
     [
         ({"time": {"column": "when", "each": 2}}, "`unit`"),
         ({"time": {"column": "when", "unit": "days", "format": "%d"}}, "exclude each other"),
+        ({"time": {"column": "when", "format": "%Y-%m"}}, "names no year or no day"),
+        ({"time": {"column": "when", "format": "%H:%M"}}, "names no year or no day"),
         ({"code": []}, "list at least one"),
         ({"text": "note", "not_numbers": "text"}, "remove one"),
         ({"seperator": ";"}, "did you mean `separator`"),

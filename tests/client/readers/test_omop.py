@@ -105,7 +105,7 @@ def test_names_of_5_4_are_known(tmp_path: Path) -> None:
 
 def test_a_unit_or_an_answer_is_part_of_the_code(tmp_path: Path) -> None:
     """Unit concept, else unit text; the concept in place of a number only where there is none; missing is missing."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"value_as_number": "7.5", "unit_concept_id": "8840.0", "unit_source_value": "mg/dl"},
         {"value_as_number": "7.5", "unit_concept_id": 0, "unit_source_value": " mmol/l "},
         {"value_as_concept_id": 9191},
