@@ -53,8 +53,8 @@ from common.errors import ConfigurationError, DataError
 from common.events import checked_labels
 from common.schema import CODE, SUBJECT_ID, TIME
 
-SHARD_EVENTS = 4_000_000  # buckets are put together up to this many events
-BUCKETS = 256  # so that a billion events still make shards of this size
+SHARD_EVENTS = 2_000_000  # buckets are put together up to this many events, some 700 MiB while a shard is sorted
+BUCKETS = 256  # so that half a billion events still make shards of this size
 BATCH_EVENTS = 1_000_000  # blocks are put together up to this before they are divided
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing (Knuth, TAOCP 3, 6.4): neighbours go to distant buckets
 
@@ -237,9 +237,10 @@ def _checked(block: pl.DataFrame) -> pl.DataFrame:
 
 def _sorted(events: pl.DataFrame) -> pl.DataFrame:
     """By patient and time, facts first; a fact that repeats counts once."""
-    facts = events.filter(pl.col(TIME).is_null()).unique(maintain_order=True)
-    timed = events.filter(pl.col(TIME).is_not_null())
-    return pl.concat([facts, timed]).sort(SUBJECT_ID, TIME, nulls_last=False, maintain_order=True)
+    timed = pl.col(TIME).is_not_null()
+    facts = events.filter(~timed).unique(maintain_order=True)
+    kept = pl.concat([facts, events.filter(timed)]) if len(facts) else events
+    return kept.sort(SUBJECT_ID, TIME, nulls_last=False, maintain_order=True)
 
 
 def _write_labels(reader: Reader, terms: Format, base: Path, folder: Path) -> dict[str, int]:

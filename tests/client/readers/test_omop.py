@@ -355,20 +355,27 @@ def test_terms_that_cannot_be_are_refused(keys: dict[str, Any], words: str) -> N
 
 
 def test_sources_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    """A folder that is absent, the same table twice, a file that is no database."""
+    """A folder that is absent, the same table twice."""
     with pytest.raises(DataError, match="no such folder"):
         convert_to(tmp_path / "out", **OMOP)
     write(tmp_path / "cdm", {"person": [PERSON]})
     pl.DataFrame({"person_id": [1]}).write_parquet(tmp_path / "cdm/person.parquet")
     with pytest.raises(DataError, match="table person is there as"):
         convert_to(tmp_path / "out", **OMOP)
-    pytest.importorskip("duckdb")
+
+
+def test_databases_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    """A file that is absent, one that is no database, and one without the CDM; what DuckDB says is not passed on."""
+    duckdb = pytest.importorskip("duckdb")
     with pytest.raises(DataError, match="no such file"):
         convert_to(tmp_path / "out", kind="omop", database="absent.duckdb")
     (tmp_path / "x.duckdb").write_text("98765" * 1000)
     with pytest.raises(DataError, match="cannot be attached") as caught:
         convert_to(tmp_path / "out", kind="omop", database="x.duckdb")
     assert "98765" not in str(caught.value)
+    duckdb.connect(str(tmp_path / "y.duckdb")).close()
+    with pytest.raises(DataError, match=r"no table person; check format\.folder, or format\.database_schema"):
+        convert_to(tmp_path / "out", kind="omop", database="y.duckdb")
 
 
 @pytest.mark.skipif(not MIMIC.is_dir(), reason=f"{MIMIC} is absent")
