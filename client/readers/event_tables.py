@@ -28,7 +28,7 @@ class EventTablesReader:
         """See `Reader.events`."""
         for table, path in self._tables:
             for block in blocks(path, _used(table), table):
-                yield self._events(_chosen(block, table), table, str(path))
+                yield self._events(block, table, str(path))
 
     def labels(self) -> Iterator[tuple[str, pl.DataFrame]]:
         """None of its own."""
@@ -36,6 +36,7 @@ class EventTablesReader:
 
     def _events(self, block: pl.DataFrame, table: EventTable, source: str) -> pl.DataFrame:
         columns = self._columns.with_terms(table.missing, table.decimal)
+        block = _chosen(block, table, columns, source)
         numbers, texts = self._values(block, table, columns, source)
         if table.time is None:
             times = pl.Series([None], dtype=MICROSECONDS).new_from_index(0, len(block))
@@ -79,11 +80,12 @@ def _used(table: EventTable) -> list[str]:
     return [c for c in (table.patient, *when, *table.code, table.value, table.text, *table.only) if c is not None]
 
 
-def _chosen(block: pl.DataFrame, table: EventTable) -> pl.DataFrame:
+def _chosen(block: pl.DataFrame, table: EventTable, columns: Columns, source: str) -> pl.DataFrame:
     """The rows that `only` asks for."""
-    return block.filter(
-        *(pl.col(name).cast(pl.String).str.strip_chars() == value for name, value in table.only.items())
-    )
+    wanted = {
+        name: columns.codes(block[name], f"{source}, column `{name}`") == value for name, value in table.only.items()
+    }
+    return block.filter(*wanted.values())
 
 
 def _codes(block: pl.DataFrame, table: EventTable, columns: Columns, source: str) -> pl.Series:

@@ -13,7 +13,8 @@ Decisions a reader would question:
 - **A billing diagnosis counts from the end of its visit**, whatever its stamp: it is coded at discharge, and many
   extracts stamp it with the admission, where it would tell the model the outcome. So every diagnosis with a visit
   waits for that visit's end, except for the types that the site names as charted at their own time; rows of other
-  tables wait if their type says billing. Where the visit's end is unknown, they are left out and counted.
+  tables wait if their type says billing. Where the visit's end is unknown, they are left out and counted. A row without
+  a visit has nothing to wait for and keeps its own time.
 - A time of exactly 00:00:00 is a date that was cast, and counts as 23:59:59; also where it was a true midnight, which
   costs a day of one event and gives nothing away.
 - Concept 0 means "not mapped": the source value takes its place, as in `DRUG//SOURCE//00002751001`.
@@ -55,6 +56,7 @@ class Domain:
         unit: has a unit, and a concept in place of a number.
         text: column of text.
         waits: rows with a visit count from that visit's end, unless their type is one that was charted.
+        unmapped: the source value stands in for a concept 0. Not for visits, whose source value is a visit's number.
     """
 
     table: str
@@ -65,6 +67,7 @@ class Domain:
     unit: bool = False
     text: str | None = None
     waits: bool = False
+    unmapped: bool = True
 
 
 DOMAINS = (
@@ -77,7 +80,7 @@ DOMAINS = (
         "observation", "OBSERVATION", "observation", "observation", "value_as_number", unit=True, text="value_as_string"
     ),
     Domain("specimen", "SPECIMEN", "specimen", "specimen"),
-    Domain("visit_detail", "VISIT_DETAIL", "visit_detail", "visit_detail_start"),
+    Domain("visit_detail", "VISIT_DETAIL", "visit_detail", "visit_detail_start", unmapped=False),
 )
 
 
@@ -146,7 +149,7 @@ class OmopReader:
     def _visits(self) -> Iterator[pl.DataFrame]:
         to = [f"discharge{d}_to_{kind}" for d in ("d", "") for kind in ("concept_id", "source_value")]  # 5.4, 5.3
         times = [f"visit_{side}_{kind}" for side in ("start", "end") for kind in ("datetime", "date")]
-        for rows in self._blocks(VISIT, [PERSON_ID, "visit_concept_id"], [*times, "visit_source_value", *to]):
+        for rows in self._blocks(VISIT, [PERSON_ID, "visit_concept_id"], [*times, *to]):
             patients = self._patients(rows, VISIT)
             start, end = self._times(rows, VISIT, "visit_start"), self._times(rows, VISIT, "visit_end")
             codes = self._codes(rows, VISIT, "", "visit_concept_id", None)
@@ -155,17 +158,22 @@ class OmopReader:
             new, old = (self._codes(rows, VISIT, "DISCHARGED_TO", to[i], to[i + 1]) for i in (0, 2))
             to_codes = new.zip_with(new.is_not_null(), old)
             there = to_codes.is_not_null()
-            known = self._known(patients.filter(there), end.filter(there), to_codes.filter(there), "discharges")
-            yield known
+            yield self._known(patients.filter(there), end.filter(there), to_codes.filter(there), "discharges")
 
     def _rows(self, domain: Domain, ends: pl.DataFrame) -> Iterator[pl.DataFrame]:
         table, concept, source = domain.table, f"{domain.stem}_concept_id", f"{domain.stem}_source_value"
         kind = f"{domain.stem}_type_concept_id"
-        optional = [f"{domain.time}_datetime", f"{domain.time}_date", kind, VISIT_ID, source]
+        optional = [
+            f"{domain.time}_datetime",
+            f"{domain.time}_date",
+            kind,
+            VISIT_ID,
+            *([source] if domain.unmapped else []),
+        ]
         optional += ["unit_concept_id", "unit_source_value", "value_as_concept_id"] if domain.unit else []
         optional += [name for name in (domain.number, domain.text) if name is not None]
         for rows in self._blocks(table, [PERSON_ID, concept], optional):
-            codes = self._codes(rows, table, domain.prefix, concept, source)
+            codes = self._codes(rows, table, domain.prefix, concept, source if domain.unmapped else None)
             number = (
                 None if domain.number is None else self._columns.numbers(rows[domain.number], _at(table, domain.number))
             )

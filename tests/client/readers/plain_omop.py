@@ -73,7 +73,8 @@ def events_of_cdm(folder: Path, billing: set[int], charted: set[int]) -> Iterato
             yield patient, there["VISIT_END"], place, None
     for table, prefix, stem, start, number in TABLES:
         for row in rows_of(folder, table):
-            when, name = moment(row, start), code(row, prefix, f"{stem}_concept_id", f"{stem}_source_value")
+            source = "" if table == "visit_detail" else f"{stem}_source_value"  # there it is a visit's number
+            when, name = moment(row, start), code(row, prefix, f"{stem}_concept_id", source)
             type_ = int(row.get(f"{stem}_type_concept_id") or 0)
             waits = type_ in billing or (prefix == "CONDITION" and type_ not in charted)
             if waits and row.get("visit_occurrence_id"):

@@ -103,6 +103,15 @@ def test_names_of_5_4_are_known(tmp_path: Path) -> None:
     assert (at(LEFT), "DISCHARGED_TO//SOURCE//HOME", None) in converted(tmp_path, {"visit_occurrence": [stay]})
 
 
+def test_the_number_of_a_visit_never_becomes_a_code(tmp_path: Path) -> None:
+    """Source values of visits are numbers of visits and patients, so they do not stand in for a concept 0."""
+    detail = {"person_id": PATIENT, "visit_detail_concept_id": 0, "visit_detail_start_datetime": ADMITTED}
+    stay = {**STAY, "visit_concept_id": 0, "visit_source_value": "98765|1"}
+    rows = [{**detail, "visit_detail_source_value": "98765|2"}]
+    found = converted(tmp_path, {"visit_occurrence": [stay], "visit_detail": rows})
+    assert [row for row in found if "98765" in row[1]] == []
+
+
 def test_a_unit_or_an_answer_is_part_of_the_code(tmp_path: Path) -> None:
     """Unit concept, else unit text; the concept in place of a number only where there is none; missing is missing."""
     rows: list[dict[str, Any]] = [
@@ -387,7 +396,8 @@ def test_the_mimic_demo_is_read_whole_and_its_bill_comes_last(tmp_path: Path) ->
     labels = {"files": str(MIMIC / "labels.csv"), "patient": "person_id", "label": "in_hospital_death"}
     keys: dict[str, Any] = {"kind": "omop", "folder": str(folder), "charted_types": [CHARTED], "labels": {"t": labels}}
     done = convert_to(tmp_path / "out", **keys)
-    assert (done.patients, done.left_out, done.labels) == (100, {}, {"t": 249})
+    assert (done.patients, done.labels) == (100, {"t": 249})
+    assert done.left_out == {"visit_detail whose concept is 0 and that have no source value": 41}
     found = events_of(tmp_path / "out").drop("text_value")
     counts = dict(found.group_by(pl.col("code").str.split("//").list.first()).len().rows())
     assert counts["CONDITION"] == 16_441
