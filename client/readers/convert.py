@@ -97,7 +97,8 @@ def convert(terms: Format, base: Path, out: Path) -> Converted:
         fresh.rename(out)
         sync_folder(out.parent)
     except OSError as error:
-        raise ConfigurationError(f"{out}: cannot be written ({error.strerror}); make room, or choose another") from None
+        why = error.strerror or type(error).__name__
+        raise ConfigurationError(f"{out}: cannot be written ({why}); make room, or choose another") from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return done

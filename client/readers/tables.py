@@ -49,8 +49,9 @@ def _matches(name: str, base: Path) -> list[Path]:
     plain = base / Path(name).expanduser()
     if plain.is_file():
         return [plain]
-    root = Path(plain.anchor)
-    matches = sorted(path for path in root.glob(str(plain.relative_to(root))) if path.is_file())
+    pattern = Path(name).expanduser()
+    root = Path(pattern.anchor) if pattern.is_absolute() else base  # whose own name is no pattern
+    matches = sorted(path for path in root.glob(str(pattern.relative_to(pattern.anchor))) if path.is_file())
     if not matches:
         raise DataError(f"{plain}: no such file; correct `files`")
     return matches

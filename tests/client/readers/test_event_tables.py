@@ -71,6 +71,15 @@ def test_several_tables_and_files_are_one_extract(tmp_path: Path) -> None:
     assert len(found) == 6
 
 
+def test_a_folder_whose_name_looks_like_a_pattern_is_a_folder(tmp_path: Path) -> None:
+    """Brackets and stars in the name of the YAML's own folder, or of a file, are letters."""
+    odd = tmp_path / "site[1]*"
+    odd.mkdir()
+    for name in ("labs[1].csv", "labs2.csv"):
+        (odd / name).write_text(CSV)
+    assert len(read(odd, {**TABLE, "files": "labs[1].csv"}, {**TABLE, "files": "../site*/labs2.*"})) == 8
+
+
 def test_only_reads_the_rows_of_one_hospital(tmp_path: Path) -> None:
     """`only` keeps the rows with that value and no others."""
     (tmp_path / "labs.csv").write_text(CSV)

@@ -309,6 +309,18 @@ def test_every_source_gives_the_same_events(tmp_path: Path) -> None:
     assert [name for name, events in found.items() if not events.equals(found["cdm"])] == []
 
 
+def test_moments_of_a_database_become_local_times(tmp_path: Path) -> None:
+    """A column with a zone is converted to the hospital's; whatever zone the session has."""
+    duckdb = pytest.importorskip("duckdb")
+    with duckdb.connect(str(tmp_path / "cdm.duckdb")) as connection:
+        connection.execute("CREATE TABLE person AS SELECT 1::BIGINT AS person_id, 1987::SMALLINT AS year_of_birth")
+        connection.execute(
+            "CREATE TABLE death AS SELECT 1 AS person_id, TIMESTAMPTZ '2020-07-01 08:00:00+00' AS death_datetime"
+        )
+    convert_to(tmp_path / "out", kind="omop", database="cdm.duckdb", timezone="Europe/Berlin")
+    assert events_of(tmp_path / "out")["time"].to_list() == [at("1987-01-01"), at("2020-07-01 10:00:00")]
+
+
 def test_without_duckdb_a_folder_is_read_and_a_database_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
