@@ -156,7 +156,7 @@ TYPED: list[list[Any]] = [
 ]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(
     cells=st.fixed_dictionaries({name: st.sampled_from(TYPED) for name in ("pid", "when", "item", "result")}),
     keys=st.fixed_dictionaries({}, optional={"text": st.just("result"), "only": st.just({"item": "1"})}),
