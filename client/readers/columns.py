@@ -67,6 +67,8 @@ class Columns:
             text = self._text(cells).str.replace(r"\.0*$", "")
             number = text.cast(pl.Int64, strict=False)
             lost = number.null_count() - text.null_count()
+        elif not (cells.dtype.is_numeric() or cells.dtype in (pl.Null, pl.Boolean)):
+            raise DataError(f"{where}: is {cells.dtype}, expected whole numbers; name another column")
         else:
             found = cells.fill_nan(None) if cells.dtype.is_float() else cells
             number = found.cast(pl.Int64, strict=False)
@@ -105,10 +107,10 @@ class Columns:
 
     def codes(self, cells: pl.Series, where: str) -> pl.Series:
         """Text without blanks at its ends; empty is null."""
-        if cells.dtype.is_float():
-            raise DataError(f"{where}: is {cells.dtype}, expected text; 1.0 and 1 would be two codes; write text")
-        if cells.dtype.is_nested() or cells.dtype == pl.Binary:
-            raise DataError(f"{where}: is {cells.dtype}, expected text; write text")
+        kind = cells.dtype
+        texts = (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Null)
+        if not (kind.base_type() in texts or kind.is_integer()):
+            raise DataError(f"{where}: is {kind}, expected text; write text (as numbers, 1.0 and 1 would be two codes)")
         text = cells.cast(pl.String).str.strip_chars()
         return text.set(text == "", None)
 

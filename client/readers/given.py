@@ -60,6 +60,8 @@ def answers(cells: pl.Series, where: str) -> pl.Series:
     """Labels: 1, 0, true, false, yes or no. Raises DataError for anything else."""
     if cells.dtype == pl.Boolean:
         return cells
+    if not (cells.dtype.is_numeric() or cells.dtype.base_type() in (pl.String, pl.Categorical, pl.Enum, pl.Null)):
+        raise DataError(f"{where}: is {cells.dtype}, expected 1, 0, true, false, yes or no; name another column")
     said = cells.cast(pl.String).str.strip_chars().str.to_lowercase()
     found = said.replace_strict(_ANSWERS, default=None, return_dtype=pl.Boolean)
     lost = found.null_count()

@@ -156,30 +156,67 @@ TYPED: list[list[Any]] = [
 ]
 
 
+def damaged(place: Path, **keys: Any) -> None:
+    """Convert: events, or one line of ours without anything of a patient."""
+    try:
+        convert_to(place / "out", **keys)
+        events_of(place / "out")
+    except WardroundError as error:
+        message = str(error).replace(str(place), "")
+        assert "\n" not in message
+        assert not [secret for secret in SECRETS if secret in message]
+
+
+def write_typed(path: Path, columns: dict[str, list[Any]]) -> None:
+    pl.DataFrame({name: pl.Series(cells, dtype=_dtype(cells)) for name, cells in columns.items()}).write_parquet(path)
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     cells=st.fixed_dictionaries({name: st.sampled_from(TYPED) for name in ("pid", "when", "item", "result")}),
     keys=st.fixed_dictionaries({}, optional={"text": st.just("result"), "only": st.just({"item": "1"})}),
     unit=st.sampled_from([None, "hours"]),
     zone=st.sampled_from([None, "Europe/Berlin"]),
+    given_too=st.sampled_from([None, "labels", "splits"]),
 )
 def test_parquet_of_any_types_gives_events_or_one_clear_error(
-    cells: dict[str, list[Any]], keys: dict[str, Any], unit: str | None, zone: str | None
+    cells: dict[str, list[Any]], keys: dict[str, Any], unit: str | None, zone: str | None, given_too: str | None
 ) -> None:
-    """Whatever types the columns have: events, or one line of ours without anything of a patient."""
+    """Whatever types the columns have, of events, labels or splits: events, or one clear line."""
     time = {"column": "when", **({"unit": unit} if unit else {})}
     table = {"files": "e.parquet", "patient": "pid", "time": time, "code": "item", "value": "result", **keys}
+    more: dict[str, Any] = {"timezone": zone} if zone else {}
+    files = {"files": "e.parquet", "patient": "pid"}
+    if given_too is not None:  # then the events are as they should be
+        table["files"] = "good.csv"
+        labels = {"t": {**files, "time": time, "label": "result"}}
+        more |= {"labels": labels} if given_too == "labels" else {"splits": {**files, "split": "item"}}
     with folder() as place:
-        pl.DataFrame({name: pl.Series(values, dtype=_dtype(values)) for name, values in cells.items()}).write_parquet(
-            place / "e.parquet"
-        )
-        try:
-            convert_to(place / "out", kind="events", tables=[table], **({"timezone": zone} if zone else {}))
-            events_of(place / "out")
-        except WardroundError as error:
-            message = str(error).replace(str(place), "")
-            assert "\n" not in message
-            assert not [secret for secret in SECRETS if secret in message]
+        (place / "good.csv").write_text("pid,when,item,result\n" + ("1,1,1,1\n" if unit else "1,1987-01-01,1,1\n"))
+        write_typed(place / "e.parquet", cells)
+        damaged(place, kind="events", tables=[table], **more)
+
+
+OMOP_COLUMNS = (
+    *("person_id", "measurement_concept_id", "measurement_datetime", "value_as_number", "unit_concept_id"),
+    *("visit_occurrence_id", "measurement_type_concept_id", "unit_source_value"),
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(cells=st.fixed_dictionaries({}, optional={name: st.sampled_from(TYPED) for name in OMOP_COLUMNS}))
+def test_omop_of_any_types_gives_events_or_one_clear_error(cells: dict[str, list[Any]]) -> None:
+    """The same for a table of a CDM, of which all but one column are as they should be more often than not."""
+    good: dict[str, list[Any]] = {
+        "person_id": [1, 2],
+        "measurement_concept_id": [3, 0],
+        "measurement_datetime": [datetime(1987, 1, 1)] * 2,
+    }
+    with folder() as place:
+        (place / "cdm").mkdir()
+        write_typed(place / "cdm/person.parquet", {"person_id": [1, 2]})
+        write_typed(place / "cdm/measurement.parquet", {**good, **cells})
+        damaged(place, kind="omop", folder="cdm")
 
 
 def _dtype(values: list[Any]) -> pl.DataType | None:
