@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigurationError
@@ -9,14 +10,22 @@ from common.study import Study
 from common.terms import parse
 
 
-def override(study: Study, *, epsilon: str | None = None, seed: int | None = None, source: str) -> Study:
-    """The study with another budget or seed. `epsilon` is a number > 0 or `none`. Raises ConfigurationError."""
-    data: dict[str, Any] = study.model_dump(mode="json")
+def override(
+    study: Study, *, epsilon: str | None = None, seed: int | None = None, data: Path | None = None, source: str
+) -> Study:
+    """The study with another budget, seed or records. `epsilon` is a number > 0 or `none`. Raises ConfigurationError.
+
+    `data` takes the place of a synthetic cohort in the terms, too: what is said beside the numbers, and the study in
+    the run's folder, follow from them.
+    """
+    terms: dict[str, Any] = study.model_dump(mode="json")
     if epsilon is not None:
-        data["privacy"]["epsilon"] = _epsilon(epsilon)
+        terms["privacy"]["epsilon"] = _epsilon(epsilon)
     if seed is not None:
-        data["simulation"]["seed"] = seed
-    return parse(data, Study, source)
+        terms["simulation"]["seed"] = seed
+    if data is not None:
+        terms["simulation"] |= {"cohort": None, "data": str(data.absolute())}
+    return parse(terms, Study, source)
 
 
 def _epsilon(text: str) -> float | None:

@@ -28,7 +28,7 @@ def command(
     from simulations.overrides import override
     from simulations.sources import check_records, find_directories, write_synthetic
 
-    terms = override(load_study(study), epsilon=epsilon, seed=seed, source=str(study))
+    terms = override(load_study(study), epsilon=epsilon, seed=seed, data=data, source=str(study))
     chosen_seed = terms.simulation.seed
     plan = terms.plan()
     directories = find_directories(terms, data, study)

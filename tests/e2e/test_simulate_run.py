@@ -249,9 +249,10 @@ def test_records_without_a_split_file_are_split_by_patient(records: Path, tmp_pa
     shutil.copytree(records, tmp_path / "records")
     for site in SITES:
         (tmp_path / "records" / site / "metadata" / "subject_splits.parquet").unlink()
-    study = small_study(tmp_path, simulation__cohort=None)
+    study = small_study(tmp_path)  # names a synthetic cohort, which --data takes the place of
     done = wardround("simulate", "run", study, "--data", tmp_path / "records", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
+    assert "research mode: the data were treated as public" in done.stdout
     scored = len(pl.read_parquet(tmp_path / "out" / "predictions.parquet"))
     labelled = sum(len(pl.read_parquet(records / site / "labels" / "diagnosis.parquet")) for site in SITES)
     assert 0.05 * labelled < scored < 0.3 * labelled  # 15 % are held out

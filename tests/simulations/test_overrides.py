@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from common.errors import ConfigurationError
-from common.study import Study
+from common.study import Simulation, Study
 from simulations.overrides import override
+from simulations.run_folder import RESEARCH, stamps
 from tests.common.test_study import study
 
 
@@ -35,6 +38,17 @@ def test_another_seed_is_the_same_study() -> None:
     """The seed belongs to the simulation, not to the terms that a site pins."""
     assert changed(seed=5).simulation.seed == 5
     assert changed(seed=5).digest() == study().digest()
+
+
+def test_records_take_the_place_of_a_synthetic_cohort() -> None:
+    """`--data` beside a cohort: the run says that real records were treated as public, and its study names them."""
+    synthetic = override(study(), source="study.yaml").model_copy(update={"simulation": Simulation(cohort="medium")})
+    assert RESEARCH not in stamps(synthetic)
+    real = override(synthetic, data=Path("records"), source="study.yaml")
+    assert real.simulation.cohort is None
+    assert real.simulation.data == str(Path("records").absolute())
+    assert RESEARCH in stamps(real)
+    assert real.digest() == synthetic.digest()
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "Infinity", "-inf", "three", "", "1,5"])
