@@ -21,7 +21,7 @@ from pathlib import Path
 from client.accounts import Accounts
 from client.durable import replace_durably
 from client.entries import Admitted, CohortOpened, admitted_from
-from common.errors import LedgerError, RollbackError
+from common.errors import LedgerError, PlanError, RollbackError
 
 VERSION = 1
 ACCEPT = "accept the loss with `wardround client budget SITE.yaml --accept-restore` (all earlier plans then end)"
@@ -74,7 +74,7 @@ class Anchor:
             return cls(str(plain["head"]), int(plain["count"]), cohorts, plans)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, PlanError) as error:
             raise RollbackError(
                 f"{path}: the ledger's anchor cannot be read ({type(error).__name__}); bring its disk back, or remove "
                 f"the file and {ACCEPT}"

@@ -34,7 +34,7 @@ from urllib.parse import quote
 
 from client.durable import check_private, create_private
 from client.entries import SALT_BYTES, START, Entry, PatientsJoined, Released, chained, decode, encode
-from common.errors import LedgerError
+from common.errors import LedgerError, PlanError
 
 Connect = Callable[..., sqlite3.Connection]
 
@@ -258,7 +258,7 @@ def _read(path: Path, connection: sqlite3.Connection) -> Contents:
 def _decoded(path: Path, number: int, content: bytes) -> Entry:
     try:
         return decode(content)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, PlanError):
         raise _damaged(path, f"entry {number} cannot be read") from None
 
 
