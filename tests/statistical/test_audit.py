@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats  # type: ignore[import-untyped]  # publishes no stubs
 
-from common.privacy.accounting import epsilon_of_history
+from common.privacy.accounting import Steps, epsilon_of_history
 from tests.statistical.audit import Finding, audit
 from tests.statistical.bounds import epsilon_of_mu, mu_at_least, rate_at_most
 from tests.statistical.faults import FAULTS, Fault
@@ -65,7 +65,7 @@ def test_the_audit_refutes_the_claim_of_a_faulty_client(fault: Fault) -> None:
 def test_the_claim_is_the_price_of_the_plan(ours: Finding) -> None:
     """The audited claim is the accountant's own: two steps at q = 1, as mu and as epsilon."""
     sigma = math.sqrt(2) / ours.claimed_mu
-    assert ours.claimed_epsilon == epsilon_of_history([(1.0, sigma, 2)], ours.delta)
+    assert ours.claimed_epsilon == epsilon_of_history([Steps(1.0, sigma, 2)], ours.delta)
     assert epsilon_of_mu(ours.claimed_mu, ours.delta) == pytest.approx(ours.claimed_epsilon, abs=1e-6)
     assert ours.claimed_epsilon == pytest.approx(2.0, abs=1e-3)
 

@@ -61,7 +61,8 @@ def sums(site: Site, rounds: int = ROUNDS) -> Numbers:
 @cache
 def sum_without_noise(name: str) -> Numbers:
     """[d] the clipped sum."""
-    return sums(site_of(name, lambda number, attempt: Silent(0, name, number, attempt)), 1)[0]
+    (only,) = sums(site_of(name, lambda number, attempt: Silent(0, name, number, attempt)), 1)
+    return only
 
 
 def noise_of(source_of: Callable[[str], Source]) -> Numbers:
@@ -253,7 +254,9 @@ def test_a_retry_has_noise_of_its_own() -> None:
 
 def released_elsewhere(_number: int) -> Numbers:
     """Round 1 of a hospital, in the process where this is called."""
-    return sums(Site("north", STUDY, Dataset(as_sequences(made_up_patients(5, 6))), MemoryLedger(3.0, 1e-3)), 1)[0]
+    records = Dataset(as_sequences(made_up_patients(5, 6)))
+    (only,) = sums(Site("north", STUDY, records, MemoryLedger(3.0, 1e-3)), 1)
+    return only
 
 
 def test_two_processes_share_no_noise() -> None:
