@@ -46,7 +46,7 @@ from common.privacy.rows import Rows
 
 ROWS_PER_SUM = 128  # of a product in the model's type, before it is added up in float64
 LONGEST = 1024  # rows of a patient whose product is formed as a whole
-SINGLE_PASS = 24  # what measuring and adding a formed product costs, in rows of forming it (measured: 9 to 50)
+SINGLE_PASS = 32  # what measuring and adding a formed product costs, in rows of forming it (measured: 9 to 50)
 
 
 @dataclass(frozen=True)
