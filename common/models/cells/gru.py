@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.models.cells.cell import Cell, backwards, reorder
+from common.models.cells.cell import Cell, add_product, backwards, reorder
 from common.models.layout import Block
 
 
@@ -52,7 +52,7 @@ class GRUCell(Cell):
             strict=True,
         ):
             h = h[: len(n)]  # sequences that still run
-            hidden.addmm_(h, self.w_hh_t)
+            add_product(hidden, h, self.w_hh_t)
             rz.sigmoid_()
             n.addcmul_(r, hn).tanh_()
             h = torch.lerp(n, h, z, out=new_h)
@@ -79,4 +79,4 @@ class GRUCell(Cell):
             d = self.arriving(own)
             dh = torch.mul(d, z_t, out=self.carried[: len(d)])
             torch.mul(slope, d[:, None], out=all_gates)
-            dh.addmm_(hidden, self.w_hh)
+            add_product(dh, hidden, self.w_hh)

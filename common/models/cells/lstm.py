@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.models.cells.cell import Cell, backwards, reorder
+from common.models.cells.cell import Cell, add_product, backwards, put_product, reorder
 from common.models.layout import Block
 
 
@@ -54,7 +54,7 @@ class LSTMCell(Cell):
             strict=True,
         ):
             h, c = h[: len(u)], c[: len(u)]  # sequences that still run
-            gates.addmm_(h, self.w_hh_t)
+            add_product(gates, h, self.w_hh_t)
             ifo.sigmoid_()
             u.tanh_()
             c = torch.mul(f, c, out=new_c).addcmul_(i, u)
@@ -104,5 +104,5 @@ class LSTMCell(Cell):
             torch.mul(e, f_t, out=self._spare_c[: len(d)])
             torch.mul(slope_o, d, out=A_o)
             torch.mul(slope_uif, e[:, None], out=A_uif)
-            torch.mm(A_t, self.w_hh, out=self.carried[: len(d)])
+            put_product(self.carried[: len(d)], A_t, self.w_hh)
             self.carried_c, self._spare_c = self._spare_c, self.carried_c

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.models.cells.cell import Cell, backwards
+from common.models.cells.cell import Cell, add_product, backwards, put_product
 from common.models.layout import Block
 
 
@@ -35,7 +35,7 @@ class TanhCell(Cell):
             self.steps(block, 0, 1), torch.split(self.after(self.states, block), block.sizes), strict=True
         ):
             h = h[: len(a)]  # sequences that still run
-            a.addmm_(h, self.w_hh_t)
+            add_product(a, h, self.w_hh_t)
             h = self.activate(a, out=new_h)
 
     def retreat(self, block: Block, slopes: Tensor, A: Tensor, grad: Tensor) -> None:
@@ -44,7 +44,7 @@ class TanhCell(Cell):
         for own, slope, A_t in backwards(block, grad, slopes, A):
             d = self.arriving(own)
             torch.mul(slope, d, out=A_t)
-            torch.mm(A_t, self.w_hh, out=self.carried[: len(d)])
+            put_product(self.carried[: len(d)], A_t, self.w_hh)
 
 
 class ReLUCell(TanhCell):

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from common.models import recurrent
 from common.privacy.bookkeeping import BookKeepingHooks, clip_weights
 from common.privacy.rows import Rows
+from tests.benchmarks.batch_rounding import KINDS as CELLS
+from tests.benchmarks.batch_rounding import STEPS as LONG
+from tests.benchmarks.batch_rounding import largest_move
 from tests.common.privacy.cases import BACKENDS, cancelling
 from tests.oracles import Tolerance, book_keeping_sum, check_private_sum, patient_gradients
 
@@ -130,3 +133,10 @@ def test_a_patient_among_thousands_of_aligned_ones_moves_the_sum_by_the_clip(kin
     for patient in range(0, len(A), len(A) // 6):
         without, _ = private_sum([other for other in range(len(A)) if other != patient])
         assert float((total - without).norm()) <= 0.01 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("patients", [2, 4, 6])
+@pytest.mark.parametrize("cell", CELLS)
+def test_chaotic_weights_do_not_turn_rounding_into_other_gradients(cell: str, patients: int) -> None:
+    """Weights that a hostile server may choose: who else is in a small batch moves nobody's gradient."""
+    assert largest_move(cell, patients, LONG, gain=3.0) <= 1 + 1e-4
