@@ -83,7 +83,7 @@ class BookKeepingOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no 
 
     Guarantee:
         - Adding or removing one patient changes the sum that is noised by at most C, up to the rounding stated in
-          norms.py and samplers.py; also a patient whose gradient is huge, cancels, or is not finite. The last counts
+          norms.py and products.py; also a patient whose gradient is huge, cancels, or is not finite. The last counts
           as zero and leaves the others' sum as it is.
         - Every step adds noise once, over all trained parameters, whatever the batch was.
         - The sum is float64 and grows by whole micro-batches: how a batch is cut changes it by rounding only, as long

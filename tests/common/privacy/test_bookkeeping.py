@@ -163,6 +163,15 @@ def test_clip_weights_never_lift_a_patient_above_the_bound() -> None:
     assert weights[-3:].tolist() == [1.0, 0.0, 0.0]
 
 
+def test_a_factor_too_small_to_be_represented_counts_as_zero() -> None:
+    """Norms at which C / norm is subnormal in float32: rounded there, a factor could double, so it is 0."""
+    norms = torch.logspace(36, 60, 2001, dtype=torch.float64)
+    weights = clip_weights(norms, 0.3, torch.float32)
+    assert float((weights.float().double() * norms).max()) <= 0.3
+    assert float(weights[0]) > 0
+    assert not weights[norms > 0.3 / torch.finfo(torch.float32).tiny].any()
+
+
 class _Recorder:
     """Noise that adds a constant and remembers how it was called."""
 
