@@ -46,6 +46,14 @@ def _tied_within() -> nn.Module:
     return layer
 
 
+def _weight_norm() -> nn.Module:
+    """A linear layer whose weight is made of two others, as torch's weight_norm leaves it."""
+    layer = nn.Linear(2, 2)
+    layer.weight_g, layer.weight_v = nn.Parameter(torch.ones(2, 1)), nn.Parameter(torch.ones(2, 2))
+    del layer.weight
+    return layer
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -60,6 +68,7 @@ def _tied_within() -> nn.Module:
         (lambda: nn.Embedding(3, 2, max_norm=1.0), "max_norm"),
         (lambda: nn.Embedding(3, 2, scale_grad_by_freq=True), "scale_grad_by_freq"),
         (lambda: nn.EmbeddingBag(3, 2, mode="max"), "mode='max'"),
+        (_weight_norm, r"unknown parameters \['weight_g', 'weight_v'\]; remove weight_norm"),
     ],
 )
 def test_what_cannot_be_protected_is_refused(make: Callable[[], nn.Module], message: str) -> None:
@@ -248,6 +257,30 @@ def test_unknown_modules_with_two_inputs_are_refused() -> None:
     network(torch.ones(3, 2), torch.ones(3, 2)).sum().backward()
     with pytest.raises(ValueError, match="called with 2 inputs"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [(lambda x: (x, x), r"network \(_Answers\) returned tuple"), (lambda x: x.bfloat16(), "returned torch.bfloat16")],
+)
+def test_an_output_that_norms_are_no_bounds_for_is_refused(answer: Callable[[Tensor], Any], message: str) -> None:
+    """Several outputs, of which one could escape, and types coarser than the norms' rounding raise; nothing freezes."""
+    network = _Answers(answer)
+    BookKeepingHooks(network, loss_reduction="sum")
+    with pytest.raises(ValueError, match=message):
+        network(torch.ones(3, 2))
+    assert network.scale.requires_grad
+
+
+class _Answers(nn.Module):
+    """A module with a parameter that answers whatever the test says."""
+
+    def __init__(self, answer: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.scale, self.answer = nn.Parameter(torch.ones(2)), answer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.answer(x * self.scale)
 
 
 def test_a_single_example_is_refused() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from common.privacy import products
+from common.privacy import rows as rows_module
 from common.privacy.bookkeeping import clip_weights
 from common.privacy.norms import Factor, SquaredNorms
 from common.privacy.products import LinearMap, ProductGradient
@@ -129,3 +130,25 @@ def test_the_larger_module_is_formed_once(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(products, "cheapest", pytest.fail)
     gradient.clipped_sum(rest, weigh)
     assert sum(formed) == int((torch.bincount(gradient.rows.patient, minlength=3) > 0).sum())
+
+
+def test_a_patient_of_very_many_rows_is_added_up_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows than LONGEST are never one float32 product for the sum: norms first, then rows; the same sum."""
+    gradient, rest = cases(1, 6, 40, ["usual"] * 6)
+    weights, expected = clipped(gradient, rest, PRICES["two passes"])
+    formed: list[int] = []
+    form = products.form
+
+    def counted(rows: products.PatientRows, factors: list[Factor]) -> list[Tensor | None]:
+        formed.append(rows.a.shape[1])
+        return form(rows, factors)
+
+    monkeypatch.setattr(products, "form", counted)
+    monkeypatch.setattr(products, "LONGEST", 9)
+    monkeypatch.setattr(rows_module, "FLOATS_PER_CHUNK", 1)  # each patient a group of its own
+    found_weights, found = clipped(gradient, rest, PRICES["one pass"])
+    lengths = gradient.rows.patient.bincount(minlength=6).tolist()
+    assert sorted(formed) == sorted(length for length in lengths if 0 < length <= 9)
+    assert max(lengths) > 9
+    torch.testing.assert_close(found_weights, weights, rtol=5e-5, atol=0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
