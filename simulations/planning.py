@@ -24,8 +24,8 @@ from typing import Any
 from common.errors import ConfigurationError
 from common.study import Study, load_study
 from common.terms import parse
+from simulations.cohort import true_tasks
 from simulations.lines import SWEEP_LINES, How, Line, sweep_lines
-from simulations.meds_folder import TRUTH
 from simulations.overrides import override
 from simulations.prepared import described, prepare
 from simulations.rows import Setting
@@ -155,9 +155,12 @@ def _jobs(sweep: Sweep, setup: Setup, seed: int, where: str) -> Iterator[Job]:
         for epsilon in _epsilons(sweep, name):
             at_epsilon = replace(setup, study=_changed(setup.study, {"privacy.epsilon": epsilon}, where))
             for line in sweep_lines(at_epsilon.study, name):
-                known = all((setup.directories[site] / TRUTH).is_file() for site in setup.scored)
+                task = at_epsilon.study.task.name
+                known = all(task in true_tasks(setup.directories[site]) for site in setup.scored)
                 if line.how is How.TRUTH and not known:
-                    raise ConfigurationError(f"{where}: lines: `{name}` needs synthetic records; remove it")
+                    raise ConfigurationError(
+                        f"{where}: lines: `{name}` needs synthetic records, and a task whose chances are known; remove it"
+                    )
                 yield Job(line, at_epsilon, epsilon, seed, sweep.resamples, sweep.scored_rounds, sweep.subgroups)
 
 

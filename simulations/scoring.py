@@ -25,7 +25,7 @@ from common.sequences import Sequences
 from common.study import Study
 from common.terms import Terms
 from common.training import predict
-from simulations.cohort import best_possible, read_truth
+from simulations.cohort import best_possible, read_truth, true_tasks
 from simulations.hospitals import HELD_OUT, Hospitals
 from simulations.meds_folder import TRUTH
 from simulations.rows import MIN_EVENTS, POOLED, Bin, CalibrationRow, Estimate, SiteRow, Subgroup
@@ -73,7 +73,8 @@ class HeldOut:
         self.site = np.repeat(list(self.datasets), [part.n_sequences for part in parts])
         if len(np.unique(self.label)) < 2:
             raise DataError("the held-out patients of all sites have labels of one class only; AUROC needs both")
-        self.truth = {site: _truth(hospitals.directories[site], d.sequences) for site, d in self.datasets.items()}
+        task = hospitals.study.task.name
+        self.truth = {site: _truth(hospitals.directories[site], task, d.sequences) for site, d in self.datasets.items()}
 
     @property
     def sequences(self) -> list[Sequences]:
@@ -248,11 +249,11 @@ def _bin(label: NDArray[np.float64], probability: NDArray[np.float64]) -> Bin:
     return Bin(n, float(probability.mean()), observed, max(0.0, centre - half), min(1.0, centre + half))
 
 
-def _truth(directory: Path, sequences: Sequences) -> NDArray[np.float64] | None:
+def _truth(directory: Path, task: str, sequences: Sequences) -> NDArray[np.float64] | None:
     """Exact P(label | record) of the held-out patients where the records are synthetic."""
-    if not (directory / TRUTH).exists():
+    if task not in true_tasks(directory):
         return None
-    known = read_truth(directory)
+    known = read_truth(directory, task)
     order = pl.DataFrame({"subject_id": sequences.patient_id[sequences.patient]})
     found = order.join(known, on="subject_id", how="left", maintain_order="left")["probability"]
     if found.null_count():

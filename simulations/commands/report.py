@@ -18,7 +18,7 @@ def command(
 ) -> None:
     """Write report.html, report.json and report.csv from the runs in OUT that are finished. Trains nothing."""
     from simulations.frontier import origin_of, write_report
-    from simulations.sweep_folder import load_rows
+    from simulations.rows import load_rows
 
     folders = [folder, *(beside or [])]
     rows = [row for each in folders for row in load_rows(each)]

@@ -37,6 +37,7 @@ def command(
     from common.errors import WardroundError
     from common.study import load_study
     from simulations.curves import curve_table
+    from simulations.frontier import origin_of, write_report
     from simulations.planning import plan_jobs
     from simulations.rows import load_rows
     from simulations.run_folder import RESEARCH
@@ -65,6 +66,8 @@ def command(
         console.print(STAMP, highlight=False)
         if any(row.research_mode for row in rows):
             console.print(RESEARCH, highlight=False)
+        page = write_report(rows, out, origin_of([out], rows))
+        console.print(f"report: {page}", highlight=False)
     console.print(f"written to {out}", highlight=False)
     if failed:
         raise WardroundError(f"{failed} of {len(jobs)} rows failed, see above; the same command runs them again")

@@ -155,7 +155,7 @@ def test_the_price_is_ordered(q: float, sigma: float, steps: int, delta: float) 
     base = plan(q, sigma, steps, delta)
     price = epsilon_of(base)
     renyi = rdp.RdpAccountant(list(ORDERS)).compose(event(q, sigma, steps)).get_epsilon(delta)
-    assert 0 <= price <= renyi
+    assert 0 <= price <= renyi * (1 + 1e-12)  # where the PLD gives up, both are one sum in two orders
     assert price <= epsilon_of(replace(base, steps=2 * steps)) + 1e-9
     assert price >= epsilon_of(replace(base, noise_multiplier=1.1 * sigma)) - 1e-9
     assert price >= epsilon_of(replace(base, delta=2 * delta)) - 1e-9
