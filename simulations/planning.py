@@ -159,7 +159,7 @@ def _jobs(sweep: Sweep, setup: Setup, seed: int, where: str) -> Iterator[Job]:
                 known = all(task in true_tasks(setup.directories[site]) for site in setup.scored)
                 if line.how is How.TRUTH and not known:
                     raise ConfigurationError(
-                        f"{where}: lines: `{name}` needs synthetic records, and a task whose chances are known; remove it"
+                        f"{where}: lines: `{name}` needs synthetic records, of a task with known chances; remove it"
                     )
                 yield Job(line, at_epsilon, epsilon, seed, sweep.resamples, sweep.scored_rounds, sweep.subgroups)
 
