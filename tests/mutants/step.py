@@ -277,8 +277,8 @@ MUTANTS = (
             Change("common/privacy/norms.py", "FLOOR = 1 / 512", "FLOOR = 0.0"),
             Change(
                 "common/privacy/norms.py",
-                "return Measured(SquaredNorms(net, gross), (net < gross * DOUBTFUL**2) | (largest > LARGE**2))",
-                "return Measured(SquaredNorms(net, gross), largest < 0)",
+                "return (net < self.squares[patients] * DOUBTFUL**2) | self.large[patients]",
+                "return net < 0",
             ),
         ),
         tests=(
