@@ -27,6 +27,7 @@ from client.entries import (
     Anchored,
     Attempted,
     CohortOpened,
+    Disclosed,
     Entry,
     LedgerOpened,
     PatientsJoined,
@@ -133,6 +134,7 @@ class Accounts:
     patient_key: str = ""
     anchored: bool = False
     restored: int = 0
+    disclosed: list[Disclosed] = field(default_factory=list)  # exact numbers that were shown to others
 
     def cohort_opening(self, name: str, cap: float, delta: float) -> CohortOpened | None:
         """The entry that opens a cohort, or None if it is open. Raises BudgetError if this is not its budget."""
@@ -243,6 +245,8 @@ class Accounts:
                 account.released[entry.round_number] = Release(account.open.weights_digest, self.count)
                 account.released_steps += account.open_steps
                 account.open, account.open_steps = None, 0
+            case Disclosed():
+                self.disclosed.append(entry)
             case Anchored():
                 self.anchored = True
             case Restored():

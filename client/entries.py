@@ -9,6 +9,10 @@ Decisions a reader would question:
 
 - JSON rather than SQL columns: the bytes that are hashed are the bytes that are stored, so no later version has to
   rebuild them to the last digit of a float.
+- A kind that an older program does not know (`NEW_IN`) raises the version of the file that holds it, with the entry
+  itself (`EntryFile.append`). An older program then says "upgrade" instead of taking the entry for damage and sending
+  somebody to a backup. A file without such an entry keeps its version: clients of two studies share one ledger, each
+  of the release that its coordinator runs, and merely starting the newer one must not lock the older one out.
 - No time stamps: nothing is decided by them, and a clock that was put back would look like evidence.
 """
 
@@ -105,7 +109,20 @@ class Restored:
     anchored: bool
 
 
-Entry = LedgerOpened | CohortOpened | PatientsJoined | Admitted | Attempted | Released | Anchored | Restored
+@dataclass(frozen=True)
+class Disclosed:
+    """A person decided that an exact number of the records may be shown to others; no epsilon covers it.
+
+    Attributes:
+        name: which number, of the closed list in `client/inspection/disclosures.py`.
+        file: sha256 (hex) of the file that holds it.
+    """
+
+    name: str
+    file: str
+
+
+Entry = LedgerOpened | CohortOpened | PatientsJoined | Admitted | Attempted | Released | Anchored | Restored | Disclosed
 KINDS: dict[str, type[Entry]] = {
     "ledger": LedgerOpened,
     "cohort": CohortOpened,
@@ -115,7 +132,9 @@ KINDS: dict[str, type[Entry]] = {
     "released": Released,
     "anchored": Anchored,
     "restored": Restored,
+    "disclosed": Disclosed,
 }
+NEW_IN: dict[type[Entry], int] = {Disclosed: 2}  # version of the file from which on a kind exists; all others: 1
 _WORDS = {kind: word for word, kind in KINDS.items()}
 
 

@@ -33,12 +33,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 from client.durable import check_private, create_private
-from client.entries import SALT_BYTES, START, Entry, PatientsJoined, Released, chained, decode, encode
+from client.entries import NEW_IN, SALT_BYTES, START, Entry, PatientsJoined, Released, chained, decode, encode
 from common.errors import LedgerError, PlanError
 
 Connect = Callable[..., sqlite3.Connection]
 
-VERSION = 1
+VERSION = 2  # the newest that this program reads
+TABLES = 1  # since when the tables are as below; a file is newer only if one of its entries is, see `NEW_IN`
 APPLICATION = 0x77726C64  # "wrld": tells our file from any other SQLite file
 _SCHEMA = """
 BEGIN IMMEDIATE;
@@ -54,7 +55,9 @@ _NO_BYTES = """
 SELECT EXISTS (SELECT 1 FROM entries WHERE typeof(content) || typeof(salt) || typeof(hash) != 'blobblobblob')
     OR EXISTS (SELECT 1 FROM attachments WHERE typeof(bytes) != 'blob')
 """
-MIGRATIONS: dict[int, str] = {}  # version -> the statements that lead to the next one; all run in one transaction
+MIGRATIONS: dict[
+    int, str
+] = {}  # version below TABLES -> the statements that lead to the next one; all in one transaction
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,8 @@ class EntryFile:
             if self._stale:
                 self._compare()
             self._connection.execute("INSERT INTO entries VALUES (?, ?, ?, ?)", (number, content, salt, digest))
+            if (needed := NEW_IN.get(type(entry), TABLES)) > _version(self.path, self._connection):
+                self._connection.execute(f"PRAGMA user_version = {needed}")  # in the same transaction as the entry
             if attachment is not None:
                 self._connection.execute("INSERT INTO attachments VALUES (?, ?)", (number, attachment))
             for position in forget:
@@ -186,7 +191,7 @@ def read_entries(path: Path) -> Contents:
         version = _version(path, connection)
         if version == 0:  # `_read` has no tables; whoever enrolled is told when the client opens it
             return Contents([], [], set())
-        if version < VERSION:
+        if version < TABLES:
             raise LedgerError(f"{path}: of an older version of wardround; start the client once with this one")
         return _read(path, connection)
 
@@ -223,11 +228,11 @@ def _version(path: Path, connection: sqlite3.Connection) -> int:
 def _bring_up_to_date(path: Path, connection: sqlite3.Connection) -> None:
     version = _version(path, connection)
     if version == 0:
-        connection.executescript(_SCHEMA.format(application=APPLICATION, version=VERSION))
+        connection.executescript(_SCHEMA.format(application=APPLICATION, version=TABLES))
         return
-    steps = "".join(MIGRATIONS[older] for older in range(version, VERSION))
+    steps = "".join(MIGRATIONS[older] for older in range(version, TABLES))
     if steps:
-        connection.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA user_version = {VERSION}; COMMIT;")
+        connection.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA user_version = {TABLES}; COMMIT;")
 
 
 def _read(path: Path, connection: sqlite3.Connection) -> Contents:

@@ -40,7 +40,7 @@ from typing import Self, SupportsIndex
 from client import anchor as anchors
 from client.accounts import Accounts, Attempt
 from client.anchor import Anchor
-from client.entries import Admitted, Anchored, Entry, LedgerOpened, PatientsJoined, Restored
+from client.entries import Admitted, Anchored, Disclosed, Entry, LedgerOpened, PatientsJoined, Restored
 from client.entry_file import Connect, EntryFile, read_entries
 from client.ledger import DEFAULT_COHORT, StoredLedger
 from common.errors import BudgetError, LedgerError, RollbackError
@@ -195,6 +195,16 @@ class SqliteLedger(StoredLedger):
         """See `Ledger.attempt`."""
         self._require_patients()
         return super().attempt(study, round_number, steps, weights_digest)
+
+    def disclose(self, name: str, file: str) -> None:
+        """Note that the exact number `name` stands in a file with this sha256 (hex). Nothing is charged.
+
+        Raises:
+            LedgerError: it could not be written.
+        """
+        entry = Disclosed(name, file)
+        if entry not in self.accounts.disclosed:
+            self._record(entry)
 
     def _require_patients(self) -> None:
         if len(self.accounts.cohorts) > 1 and not self._patients_shown:

@@ -145,7 +145,8 @@ def summary(accounts: Accounts, head: str, names: dict[str, str]) -> dict[str, A
         for name, cohort in accounts.cohorts.items()
     ]
     counts = {"entries": accounts.count, "restored": accounts.restored, "head": head}
-    return {**counts, "cohorts": cohorts, "studies": studies}
+    disclosed = [{"name": entry.name, "file": entry.file} for entry in accounts.disclosed]
+    return {**counts, "cohorts": cohorts, "studies": studies, "disclosed": disclosed}
 
 
 def show(found: dict[str, Any], ledger: str, *, to_errors: bool = False) -> None:
@@ -176,5 +177,7 @@ def show(found: dict[str, Any], ledger: str, *, to_errors: bool = False) -> None
         how = "by PLD: one plan" if c["plans"] == 1 else f"by the Renyi filter at order {c['order']:g}"
         charged = f"epsilon {c['charged']:.3f} charged ({how})" if c["plans"] else "nothing charged"
         console.print(f"cohort {c['cohort']}: {charged}, {c['left']:.3f} left of {c['cap']:g} at delta {c['delta']:g}")
+    for d in found["disclosed"]:
+        console.print(f"disclosed, exact, not covered by epsilon: {d['name']} (file sha256 {d['file'][:12]}..)")
     if found["restored"]:
         console.print(f"entries were lost and accepted as lost {found['restored']} time(s)")

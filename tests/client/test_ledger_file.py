@@ -244,9 +244,9 @@ def test_a_newer_version_is_refused(path: Path) -> None:
     """A ledger of a later version says so, and is not touched."""
     used(path)
     with raw(path) as connection:
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 3")
     for opening in (opened, read_accounts):
-        with pytest.raises(LedgerError, match=r"newer version of wardround \(ledger 2, this one knows 1\); upgrade"):
+        with pytest.raises(LedgerError, match=r"newer version of wardround \(ledger 3, this one knows 2\); upgrade"):
             opening(path)
 
 
@@ -254,6 +254,7 @@ def test_an_older_version_is_brought_up_to_date(path: Path, monkeypatch: pytest.
     """A later version runs its migrations when it opens the file, in one piece, and keeps every entry."""
     used(path)
     monkeypatch.setattr(entry_file, "VERSION", 3)
+    monkeypatch.setattr(entry_file, "TABLES", 3)
     steps = {1: "CREATE TABLE one (x); ", 2: "CREATE TABLE two (x); no such statement;"}
     monkeypatch.setattr(entry_file, "MIGRATIONS", steps)
     with pytest.raises(LedgerError, match="older version"):
