@@ -2,7 +2,7 @@
 
 import typer
 
-from client.commands import budget, convert, enrol, keygen, leave, run
+from client.commands import budget, check, convert, enrol, keygen, leave, run
 
 app = typer.Typer(
     name="client",
@@ -12,6 +12,7 @@ app = typer.Typer(
 )
 app.command("convert")(convert.command)
 app.command("keygen")(keygen.command)
+app.command("check")(check.command)
 app.command("enrol")(enrol.command)
 app.command("run")(run.command)
 app.command("budget")(budget.command)
