@@ -63,7 +63,7 @@ def shareable(study: Study, site: str, findings: list[Finding], disclosed: list[
         words = f"A person at this hospital chose to share: {names}. Everything else here is no statistic of patients."
         stamps = (Notice(f"Numbers that are {EXACT}.", words),)
     sections = [
-        Section("requirements", "What holds", (_answers(findings, "requirement-answers", details=False),)),
+        Section("requirements", "What holds", (_answers(findings, details=False),)),
         Section("terms", "Study and versions", (_terms(study, site),)),
     ]
     if disclosed:
@@ -75,7 +75,7 @@ def shareable(study: Study, site: str, findings: list[Finding], disclosed: list[
 
 def local(study: Study, site: str, found: Inspection) -> Page:
     """The page with everything that was counted, for this hospital alone."""
-    sections = [Section("requirements", "What holds", (_answers(found.findings, "requirement-answers", details=True),))]
+    sections = [Section("requirements", "What holds", (_answers(found.findings, details=True),))]
     if found.events is not None:
         sections += [_records(found, found.events), _numbers(found.events), _codes(found.events)]
     if found.lengths is not None:
@@ -86,14 +86,15 @@ def local(study: Study, site: str, found: Inspection) -> Page:
     return Page(f"Records of {site} for study “{study.name}”: everything", (LOCAL,), tuple(sections), MADE_BY)
 
 
-def _answers(findings: list[Finding], name: str, *, details: bool) -> Table:
-    columns = ("requirement", "answer", "what it asks", *(["what was found"] if details else []))
-    rows = tuple(
-        (Cell(one.name), Cell(one.answer), Cell(one.words), *([Cell(one.detail)] if details else []))
-        for one in findings
-    )
+def _answers(findings: list[Finding], *, details: bool) -> Table:
+    if details:
+        columns: tuple[str, ...] = ("requirement", "answer", "what was found")
+        rows = tuple((Cell(one.name, note=one.words), Cell(one.answer), Cell(one.detail)) for one in findings)
+    else:
+        columns = ("requirement", "answer", "what it asks")
+        rows = tuple((Cell(one.name), Cell(one.answer), Cell(one.words)) for one in findings)
     passed = sum(one.answer == "pass" for one in findings)
-    return Table(name, f"{passed} of {len(findings)} requirements hold", columns, rows)
+    return Table("answers", f"{passed} of {len(findings)} requirements hold", columns, rows)
 
 
 def _terms(study: Study, site: str) -> Table:

@@ -57,7 +57,6 @@ WORDS: dict[str, str] = {
     "outcome codes": "no code before the prediction time stands almost only with positive labels",
     "dates": "no code that is written by date, at midnight, stands on the day of a prediction",
 }
-FEW = "fewer than 10 patients"
 
 
 @dataclass(frozen=True)
