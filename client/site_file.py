@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from client.labels.terms import LabelCodes
 from client.policy import Policy
 from client.readers.formats import Format
 from common.errors import ConfigurationError
@@ -85,6 +86,7 @@ class SiteFile(Terms):
         study: path of the study file as the coordinator gave it.
         records: MEDS directory with the site's own records.
         format: what the raw extract looks like from which `wardround client convert` writes such a directory.
+        label_codes: this site's codes for the words of a task file; `wardround client label` needs them.
         splits: which of its patients train.
         exclude: file with the patients who opted out: one column `subject_id`; they are dropped before anything else.
         policy: this site's own limits; they win over the study.
@@ -103,6 +105,7 @@ class SiteFile(Terms):
     study: str
     records: str
     format: Format | None = None
+    label_codes: LabelCodes | None = None
     splits: tuple[Literal["train", "tuning"], ...] = Field(default=("train",), min_length=1)
     exclude: str | None = None
     policy: Policy

@@ -2,7 +2,7 @@
 
 import typer
 
-from client.commands import budget, check, convert, enrol, keygen, leave, run
+from client.commands import budget, check, convert, enrol, keygen, label, leave, run
 
 app = typer.Typer(
     name="client",
@@ -11,6 +11,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("convert")(convert.command)
+app.command("label")(label.command)
 app.command("keygen")(keygen.command)
 app.command("check")(check.command)
 app.command("enrol")(enrol.command)
