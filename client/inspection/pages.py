@@ -60,7 +60,10 @@ def shareable(study: Study, site: str, findings: list[Finding], disclosed: list[
     stamps: tuple[Notice, ...] = (NO_STATISTIC,)
     if disclosed:
         names = ", ".join(name for name, _, _ in disclosed)
-        words = f"A person at this hospital chose to share: {names}. Everything else here is no statistic of patients."
+        words = (
+            f"A person at this hospital chose to share: {names}. There is no other statistic of patients here. Each "
+            "answer is a fact about the records as a whole, which epsilon does not cover either."
+        )
         stamps = (Notice(f"Numbers that are {EXACT}.", words),)
     sections = [
         Section("requirements", "What holds", (_answers(findings, details=False),)),
@@ -83,7 +86,7 @@ def local(study: Study, site: str, found: Inspection) -> Page:
     if found.outcome is not None:
         sections.append(_leaks(found.outcome, found.events))
     sections.append(Section("terms", "Study and versions", (_terms(study, site),)))
-    return Page(f"Records of {site} for study “{study.name}”: everything", (LOCAL,), tuple(sections), MADE_BY)
+    return Page(f"Records of {site} for study “{study.name}”, in full", (LOCAL,), tuple(sections), MADE_BY)
 
 
 def _answers(findings: list[Finding], *, details: bool) -> Table:

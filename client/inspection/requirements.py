@@ -22,7 +22,7 @@ from client.inspection import facts
 from client.inspection.facts import Events, Lengths, OptedOut, Outcome
 from client.site_file import SiteFile
 from client.state import StateFolder
-from common.errors import WardroundError
+from common.errors import ConfigurationError, WardroundError
 from common.sequences import check_trainable
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def inspect(site: SiteFile, study: Study, state: StateFolder) -> Inspection:
         site.policy.check(study)
         answer("policy", True, "within every limit")
     with found.asking("budget") as answer:
-        answer("budget", True, _budget(site, study))
+        answer("budget", True, _budget(site, study, state))
     directory: MedsDirectory | None = None
     with found.asking("opt-outs") as answer:
         directory, found.opted_out = facts.opened(site)
@@ -131,15 +131,24 @@ def inspect(site: SiteFile, study: Study, state: StateFolder) -> Inspection:
     return found
 
 
-def _budget(site: SiteFile, study: Study) -> str:
-    """What is left, after this study; without opening, hence without making, a ledger. Raises BudgetError."""
+def _budget(site: SiteFile, study: Study, state: StateFolder) -> str:
+    """What is left before this study; without opening, hence without making, a ledger.
+
+    Raises:
+        BudgetError: the plan does not fit.
+        LedgerError: the ledger is gone or damaged.
+        ConfigurationError: the site file does not say whose budget is charged.
+    """
     from client.accounts import Accounts
     from client.ledger import DEFAULT_COHORT
     from client.ledger_file import read_accounts
-    from client.ledger_place import ledger_path
+    from client.ledger_place import begun, ledger_path
 
     path, name, cap = ledger_path(site), site.cohort or DEFAULT_COHORT, site.policy.max_epsilon
+    begun(site, state)
     accounts = read_accounts(path)[0] if path.exists() else Accounts()
+    if site.cohort is None and set(accounts.cohorts) - {DEFAULT_COHORT}:
+        raise ConfigurationError(f"{path}: holds the cohorts {', '.join(accounts.cohorts)}; name one as `cohort`")
     opening = accounts.cohort_opening(name, cap, site.policy.delta)
     if opening is not None:
         accounts.apply(opening)

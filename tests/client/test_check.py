@@ -181,6 +181,15 @@ def test_a_study_that_is_too_dear_fails_the_budget(records: Path) -> None:
     assert failed(done) == ["policy", "budget"]
 
 
+def test_a_ledger_that_is_gone_or_of_others_fails_the_budget(records: Path) -> None:
+    """As enrolling would: no fresh budget for a lost ledger, and none for a cohort that the site file does not name."""
+    state = records.parent / "state"
+    check(records, "--out", records.parent / "out", "--disclose", "events", "--yes", cohort="adults")
+    assert failed(check(records)) == ["budget"]
+    (state / LEDGER).unlink()
+    assert failed(check(records, cohort="adults")) == ["budget"]
+
+
 def test_who_opted_out_is_in_no_count(records: Path) -> None:
     """Their events and labels are gone from every count but the one of opt-outs."""
     (records.parent / "out.csv").write_text("subject_id\n" + "\n".join(map(str, range(1, 6))) + "\n999999\n")
