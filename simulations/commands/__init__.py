@@ -2,7 +2,7 @@
 
 import typer
 
-from simulations.commands import cohort, partition, report, run, sweep
+from simulations.commands import cohort, partition, plan, report, run, sweep, tune
 
 app = typer.Typer(
     name="simulate",
@@ -13,5 +13,7 @@ app = typer.Typer(
 app.command("run")(run.command)
 app.command("sweep")(sweep.command)
 app.command("report")(report.command)
+app.command("plan")(plan.command)
+app.command("tune")(tune.command)
 app.command("cohort")(cohort.command)
 app.command("partition")(partition.command)
