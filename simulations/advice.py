@@ -27,6 +27,7 @@ from simulations.twin import Twin
 
 ALONE, TOGETHER = "alone: ", "together"
 TIE, NOTHING = 0.02, 0.55  # a gain within TIE is none; who ranks below NOTHING alone has learned next to nothing
+BESIDE_STEPS = 1.3  # messages, server and scoring, per second of steps: measured on configs/demo.yaml
 RESAMPLES = 10  # of the intervals that rows have and nobody reads here
 DISCLAIMER = (
     "The expected AUROC is that of synthetic patients with this study's sizes, plan and network: it shows what budget "
@@ -80,7 +81,7 @@ def write_records(twin: Twin, seeds: int, folder: Path) -> None:
 def seconds_of(jobs: list[Job], step: StepTime) -> float:
     """Rough time of the jobs in one process, from the time of a step of the twin."""
     steps = sum(job.line.study.plan().steps * len(job.line.study.sites) for job in jobs)
-    return steps * step.fixed + sum(job.effort for job in jobs) * step.per_patient
+    return BESIDE_STEPS * (steps * step.fixed + sum(job.effort for job in jobs) * step.per_patient)
 
 
 def expected_of(rows: list[Row], study: Study) -> list[Expected]:

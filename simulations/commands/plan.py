@@ -137,7 +137,7 @@ def _show_cost(console: Console, name: str, cost: Cost) -> None:
 def _show_expected(console: Console, expected: list[Expected]) -> None:
     from rich.table import Table
 
-    title = "expected AUROC on synthetic patients, alone -> together"
+    title = "expected AUROC, alone -> together"
     table = Table(title=title, title_justify="left")
     table.add_column("site", overflow="fold")
     table.add_column("patients", justify="right")
