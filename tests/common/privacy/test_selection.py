@@ -127,3 +127,12 @@ def test_an_impossible_law_is_refused(stopping: float, shape: float) -> None:
     """Gamma and eta have bounds."""
     with pytest.raises(PlanError, match="stopping"):
         Runs(stopping, shape)
+
+
+@pytest.mark.parametrize(("shape", "price", "single"), [(0.0, 5.2, 0.29), (1.0, 6.0, 0.12)])
+def test_the_numbers_of_the_module_are_true(shape: float, price: float, single: float) -> None:
+    """Price at the demo's plan with eight runs on average, and the chance of a single run, as written down."""
+    runs = Runs.with_mean(8, shape)
+    assert round(epsilon_of_best(Plan(0.25, 4.5921, 3.0, 1e-5, 160, 4), runs), 1) == price
+    few = 1e-6  # the chance of one run is the slope of the generating function at 0
+    assert generating(runs, np.array([few]))[0] / few == pytest.approx(single, abs=0.006)
