@@ -37,6 +37,7 @@ def test_plan_says_what_it_costs_and_what_to_expect(study: Path) -> None:
     assert places == sorted(places)
 
 
+@pytest.mark.full
 def test_plan_as_json(study: Path) -> None:
     """`--json` prints nothing but one object with the same facts, for every site and budget."""
     done = wardround("simulate", "plan", study, "--epsilon", "1,8", "--seeds", "1", "--quick", "--json")
@@ -59,6 +60,7 @@ def test_plan_needs_numbers(study: Path) -> None:
     assert done.stderr == "error: --epsilon 1,none: a plan is priced at numbers > 0; remove `none`\n"
 
 
+@pytest.mark.full
 def test_tune_prints_the_curve_and_writes_it(study: Path, tmp_path: Path) -> None:
     """A line per candidate, the recommendation, what it was made on, and the table as a file."""
     done = wardround("simulate", "tune", study, *SMALL_GRID, "--out", tmp_path / "curve.csv")

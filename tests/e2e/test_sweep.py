@@ -92,6 +92,7 @@ def test_the_table_and_what_must_be_said(finished: tuple[Path, str]) -> None:
     assert len(without_times(out)) == ROWS
 
 
+@pytest.mark.full
 def test_other_code_is_not_mixed(finished: tuple[Path, str], tmp_path: Path) -> None:
     """A folder with a row of other code is refused with status 2, one line and the way out."""
     out, _ = finished

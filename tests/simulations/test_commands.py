@@ -73,6 +73,7 @@ def test_a_folder_that_holds_something_is_refused(written: tuple[Path, str]) -> 
     assert sorted(out.rglob("*")) == before
 
 
+@pytest.mark.full
 def test_cohort_and_partition_are_data_of_a_run(written: tuple[Path, str], tmp_path: Path) -> None:
     """`simulate run --data` reads what both commands wrote, and knows the best possible AUROC of both."""
     out, _ = written

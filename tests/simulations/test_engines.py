@@ -73,6 +73,7 @@ def test_a_process_that_is_killed_is_an_error(jobs: list[Job]) -> None:
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.full
 def test_who_stops_listening_ends_the_processes(jobs: list[Job]) -> None:
     """Ctrl-C in the middle leaves no process behind."""
     answers = run_jobs(jobs, "code", workers=2)
