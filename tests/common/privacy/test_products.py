@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.privacy import products
 from common.privacy import rows as rows_module
 from common.privacy.bookkeeping import clip_weights
-from common.privacy.norms import Factor, SquaredNorms
+from common.privacy.norms import Factor, PatientRows, Products, SquaredNorms
 from common.privacy.products import LinearMap, ProductGradient
 from common.privacy.rows import Rows
 
@@ -121,7 +121,7 @@ def test_the_larger_module_is_formed_once(monkeypatch: pytest.MonkeyPatch) -> No
     formed: list[int] = []
     form = products.form
 
-    def counted(rows: products.PatientRows, factors: list[Factor]) -> products.Products:
+    def counted(rows: PatientRows, factors: list[Factor]) -> Products:
         formed.append(len(rows.a))
         return form(rows, factors)
 
