@@ -92,7 +92,9 @@ def _run(console: Console, folder: SweepFolder, jobs: list[Job], workers: int, e
                 told = _told(answer)
             told_enough = ENOUGH * total < done < total  # the first rows also read the records
             left = f"; about {_minutes(passed / done * (total - done))} left" if told_enough else ""
-            console.print(f"[{number}/{len(jobs)}] {job.title}: {told}{left}", highlight=False, markup=False)
+            console.print(
+                f"[{number}/{len(jobs)}] {job.title}: {told}{left}", highlight=False, markup=False, soft_wrap=True
+            )
     return failed
 
 
