@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -174,11 +173,6 @@ class Page:
     def listings(self) -> list[Listing]:
         """Every listing."""
         return [block for block in self.blocks() if isinstance(block, Listing)]
-
-
-def notices(blocks: Sequence[Block]) -> list[Notice]:
-    """The notices among blocks."""
-    return [block for block in blocks if isinstance(block, Notice)]
 
 
 def _check_name(name: str) -> None:

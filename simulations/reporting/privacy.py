@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from client.wording import best_guess
 from common.privacy.plan import Plan
-from common.report.page import Block, Bullets, Cell, Notice, Page, Paragraph, Section, Table
+from common.report.page import Block, Bullets, Cell, Notice, Paragraph, Section, Table
 from common.report.words import budget, price, size, whole
 from simulations.reporting.curve import Sweep
 from simulations.rows import Row
@@ -175,11 +175,6 @@ def stamps(sweep: Sweep) -> tuple[Notice, ...]:
     if any(row.research_mode for row in sweep.all):
         found.append(RESEARCH)
     return tuple(found)
-
-
-def is_research(page: Page) -> bool:
-    """Whether the page carries the banner of research mode."""
-    return RESEARCH in page.stamps
 
 
 def _bytes_line(words: str, count: int, rounds: int) -> tuple[Cell, Cell, Cell]:
