@@ -29,7 +29,7 @@ from tests.server.processes import ROOT, free_port
 pytestmark = pytest.mark.full
 
 PAGES = ("README.md", "docs/coordinator.md", "docs/hospital.md", "docs/egress.md")
-ELSEWHERE = ("simulate run", "pip install")  # run by .ci/run and .ci/full
+ELSEWHERE = ("simulate run", "simulate sweep", "pip install")  # run by .ci/run and .ci/full
 ROUNDS = 40
 
 
@@ -169,6 +169,7 @@ def test_the_commands_of_the_pages_run(cohort: dict[str, Path], tmp_path: Path) 
         for name in ("study.yaml", "ca.crt"):
             shutil.copy(coordinator / "demo-study" / name, etc / name)
 
+        assert "these are counts of your patients" in m.run("wardround client check .*").lower()
         said = m.run("wardround client keygen .*")
         shutil.copy(state / "key.pub", coordinator / "north.pub")
         assert found("fingerprint: (.*)", said) in m.run("wardround server admit .*")
