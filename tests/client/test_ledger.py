@@ -15,6 +15,7 @@ from client.entries import (
     Anchored,
     Attempted,
     CohortOpened,
+    Disclosed,
     LedgerOpened,
     PatientsJoined,
     Released,
@@ -346,6 +347,7 @@ def test_every_entry_reads_back_as_it_was_written() -> None:
         Released("s" * 64, 1, 2, "ef" * 32),
         Anchored(),
         Restored("", 0, (opening,), (charge,), True),
+        Disclosed("patients", "01" * 32),
     )
     assert {type(entry) for entry in entries} == set(KINDS.values())
     assert [decode(encode(entry)) for entry in entries] == list(entries)
