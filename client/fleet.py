@@ -272,8 +272,22 @@ class Fleet:
 
     def _pull(self, run: int, names: list[str], limit: Limit) -> dict[str, bytes]:
         counted, lock = 0, threading.Lock()
+        running, over, changed = 0, False, threading.Condition()
 
         def pull(name: str) -> bytes:
+            nonlocal running
+            with changed:
+                if over:
+                    raise ObjectPullError(name, "not wanted any more")
+                running += 1
+            try:
+                return fetch(name)
+            finally:
+                with changed:
+                    running -= 1
+                    changed.notify_all()
+
+        def fetch(name: str) -> bytes:
             nonlocal counted
             request = PullObjectRequest(node=self._node, run_id=run, object_id=name)
             answer = self._ask(lambda: self._client.PullObject(request))
@@ -291,6 +305,10 @@ class Fleet:
             return pull_objects(names, pull, max_time=PULL_SECONDS, initial_backoff=FIRST_WAIT)
         except TooLargeError as error:
             raise WireError(str(error)) from None
+        finally:  # Flower leaves its threads behind: one that dials after this connection was closed leaks a socket
+            with changed:
+                over = True
+                changed.wait_for(lambda: running == 0)
 
     def _push_object(self, run: int, session: str, name: str, content: bytes) -> None:
         request = PushObjectRequest(
