@@ -15,6 +15,8 @@ import pytest
 from simulations.rows import Row, load_rows
 from tests.simulations.sweeps import GROUPS, ROOT, small_sweep
 
+pytestmark = pytest.mark.full  # a minute of whole sweeps
+
 LINES = ["best-possible", "fedavg-one-step", "logistic", "alone", "prevalence"]
 ROWS = 2 * (1 + 2 + 2 + 2 + 1)  # two seeds; lines over epsilon at 3 and none, alone at 3 for two sites
 
@@ -92,7 +94,6 @@ def test_the_table_and_what_must_be_said(finished: tuple[Path, str]) -> None:
     assert len(without_times(out)) == ROWS
 
 
-@pytest.mark.full
 def test_other_code_is_not_mixed(finished: tuple[Path, str], tmp_path: Path) -> None:
     """A folder with a row of other code is refused with status 2, one line and the way out."""
     out, _ = finished

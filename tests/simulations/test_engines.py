@@ -42,6 +42,7 @@ def lost(job: Job) -> Job:
     return replace(job, setup=replace(job.setup, directories=gone))
 
 
+@pytest.mark.full
 def test_processes_give_the_rows_of_this_one(jobs: list[Job], here: dict[str, Row]) -> None:
     """Rows from two processes are equal to those from one; a job that fails is an answer and ends nothing."""
     answers = dict(run_jobs_by_name([*jobs, lost(jobs[0])], workers=2))
