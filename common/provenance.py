@@ -1,4 +1,4 @@
-"""Which code is this? A digest of the installed rooms `common` and `client`, compared in every message."""
+"""Which code is this? A digest of installed rooms: of `common` and `client` it is compared in every message."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@lru_cache(maxsize=1)
-def code_digest() -> str:
-    """sha256 over path and content of every Python file of `common` and `client`, in order of path."""
+@lru_cache(maxsize=2)
+def code_digest(rooms: tuple[str, ...] = ("common", "client")) -> str:
+    """sha256 over path and content of every Python file of these rooms, in order of path; read once per process."""
     digest = hashlib.sha256()
-    for path in sorted(p for room in ("common", "client") for p in (ROOT / room).rglob("*.py")):
+    for path in sorted(p for room in rooms for p in (ROOT / room).rglob("*.py")):
         name = path.relative_to(ROOT).as_posix().encode()
         content = path.read_bytes().replace(b"\r\n", b"\n")
         digest.update(b"%d %s %d " % (len(name), name, len(content)) + content)

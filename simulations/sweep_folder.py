@@ -15,19 +15,17 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import io
 import json
 import os
 import tempfile
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from common.errors import ConfigurationError
-from common.provenance import ROOT
+from common.provenance import code_digest
 from common.study import Study
 from simulations.planning import Job
 from simulations.rows import JOBS, ROWS, Estimate, Row, read_row
@@ -36,14 +34,9 @@ from simulations.sweep import Sweep
 ROOMS = ("common", "client", "server", "simulations")
 
 
-@lru_cache(maxsize=1)
 def rooms_digest() -> str:
     """sha256 over path and content of every Python file of the four rooms: what a row's numbers may depend on."""
-    digest = hashlib.sha256()
-    for path in sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py")):
-        content = path.read_bytes().replace(b"\r\n", b"\n")
-        digest.update(f"{path.relative_to(ROOT).as_posix()} {len(content)} ".encode() + content)
-    return digest.hexdigest()
+    return code_digest(ROOMS)
 
 
 class SweepFolder:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from common import provenance
 from common.errors import ConfigurationError, DataError
 from simulations import sweep_folder
 from simulations.planning import Job
@@ -116,10 +117,10 @@ def test_the_digest_covers_what_numbers_depend_on(tmp_path: Path, monkeypatch: p
     for room in sweep_folder.ROOMS:
         (tmp_path / room).mkdir()
         (tmp_path / room / "a.py").write_bytes(b"x = 1\n")
-    monkeypatch.setattr(sweep_folder, "ROOT", tmp_path)
-    first = rooms_digest.__wrapped__()
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    first = provenance.code_digest.__wrapped__(sweep_folder.ROOMS)
     (tmp_path / "server" / "notes.md").write_text("y")
     (tmp_path / "server" / "a.py").write_bytes(b"x = 1\r\n")
-    assert rooms_digest.__wrapped__() == first
+    assert provenance.code_digest.__wrapped__(sweep_folder.ROOMS) == first
     (tmp_path / "server" / "a.py").write_bytes(b"x = 2\n")
-    assert rooms_digest.__wrapped__() != first
+    assert provenance.code_digest.__wrapped__(sweep_folder.ROOMS) != first
