@@ -1,10 +1,11 @@
 """Flower's `Grid` in this process: the same Strategy and ClientApp as in deployment, without network or Ray.
 
-With `workers` above 1 the sites are dealt over that many processes of one thread each; a site stays in its process,
+With `workers` above 1 the sites are dealt over that many processes of one thread each, this one among them: it would
+wait otherwise, and each process costs seconds of imports and a copy of Python's libraries. A site stays in its process,
 so its ledger does too. The result is the same to the last bit: a site's numbers depend on its records, the weights
 and its own randomness, and the average is taken in order of site name.
 
-Processes are spawned, not forked: a fork of a process with torch threads can hang, and Windows has none.
+Other processes are spawned, not forked: a fork of a process with torch threads can hang, and Windows has none.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -37,7 +39,7 @@ class LocalGrid(Grid):
     Args:
         open_site: site name -> Site; called once per site, in the process that will run it; picklable if workers > 1.
         sites: names; node ids are 2, 3, .. in this order.
-        workers: processes; 1 means this one.
+        workers: processes, this one among them.
     """
 
     def __init__(self, open_site: OpenSite, sites: Iterable[str], *, workers: int = 1) -> None:
@@ -46,11 +48,13 @@ class LocalGrid(Grid):
         self._numbers = itertools.count(1)
         self._identify(SERVER_NODE)
         count = max(1, min(workers, len(names)))
-        if count == 1:
-            self._runners: list[_Here | _Worker] = [_Here(open_site, self.roster)]
-        else:
-            share = [dict(list(self.roster.items())[i::count]) for i in range(count)]
-            self._runners = [_Worker(open_site, part) for part in share]
+        here, *others = [dict(list(self.roster.items())[i::count]) for i in range(count)]
+        self._runners: list[_Here | _Worker] = [_Worker(open_site, part) for part in others]
+        try:
+            self._runners.insert(0, _Here(open_site, here))  # while the others import
+        except BaseException:
+            self.close()
+            raise
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Deliver every message and return all replies, in the order of the messages. `timeout` does not apply.
@@ -147,12 +151,17 @@ class _Worker:
         theirs.close()
 
     def start(self, messages: list[Message]) -> None:
-        """Send a round's messages to the process."""
+        """Send a round's messages to the process, in a thread: more than a pipe holds waits for it to import torch."""
+        self._sending = threading.Thread(target=self._send, args=(messages,))
+        self._sending.start()
+
+    def _send(self, messages: list[Message]) -> None:
         with contextlib.suppress(OSError):  # it has ended: finish says so
             self._pipe.send(messages)
 
     def finish(self) -> list[Message]:
         """Wait for its replies. Raises what stopped it."""
+        self._sending.join()
         try:
             answer = self._pipe.recv()
         except (EOFError, OSError):

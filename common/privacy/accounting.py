@@ -21,6 +21,7 @@ from typing import NamedTuple
 import dp_accounting as dp
 import numpy as np
 from dp_accounting import pld, rdp
+from scipy.optimize import brentq
 
 from common.errors import PlanError
 from common.privacy.plan import Plan
@@ -146,8 +147,13 @@ def noise_multiplier_for(epsilon: float, delta: float, sampling_rate: float, pri
     if math.isinf(epsilon):
         return 0.0
 
+    def excess(units: float) -> float:
+        """Logarithm of price / epsilon: close to linear in sigma, so that few prices are computed; finite anywhere."""
+        price = _epsilon((Steps(sampling_rate, units / SIGMA_UNITS, priced_steps),), delta)
+        return math.log(min(max(price / epsilon, 1e-9), 1e9))
+
     def fits(units: int) -> bool:
-        return _epsilon((Steps(sampling_rate, units / SIGMA_UNITS, priced_steps),), delta) <= epsilon
+        return excess(units) <= 0
 
     low, high = _bracket(fits)
     if high > SIGMA_CEILING * SIGMA_UNITS:
@@ -155,14 +161,18 @@ def noise_multiplier_for(epsilon: float, delta: float, sampling_rate: float, pri
             f"epsilon = {epsilon} at delta = {delta} cannot be reached with q = {sampling_rate} and "
             f"{priced_steps} steps; take fewer steps, a smaller q or a larger epsilon"
         )
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high / SIGMA_UNITS
+    if fits(low):  # the floor
+        return low / SIGMA_UNITS
+    units = math.ceil(brentq(excess, low, high, xtol=0.5))
+    while not fits(units):  # the root is exact to half a unit
+        units += 1
+    while fits(units - 1):
+        units -= 1
+    return units / SIGMA_UNITS
 
 
 def _bracket(fits: Callable[[int], bool]) -> tuple[int, int]:
-    """(units of sigma that cost too much or lie below the floor, units that fit, unless above the ceiling).
+    """(units of sigma that cost too much, or the floor, units that fit, unless above the ceiling).
 
     Found outwards from sigma 1: small sigmas are slow to price.
     """
@@ -173,7 +183,7 @@ def _bracket(fits: Callable[[int], bool]) -> tuple[int, int]:
     low = high // 2 if high > SIGMA_UNITS else high * 4 // 5
     while low >= floor and fits(low):
         low, high = low * 4 // 5, low
-    return max(low, floor - 1), high
+    return max(low, floor), high
 
 
 def rdp_of(plan: Plan, order: float) -> float:
