@@ -163,7 +163,7 @@ def noise_multiplier_for(epsilon: float, delta: float, sampling_rate: float, pri
         )
     if fits(low):  # the floor
         return low / SIGMA_UNITS
-    units = math.ceil(brentq(excess, low, high, xtol=0.5))
+    units = math.ceil(float(brentq(excess, low, high, xtol=0.5)))
     while not fits(units):  # the root is exact to half a unit
         units += 1
     while fits(units - 1):
