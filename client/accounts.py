@@ -11,6 +11,9 @@ Decisions a reader would question:
   that has gone on to a round has stored all rounds before it, so one would do; the second is for a server that lost
   its newest checkpoint and goes on from the one before. All of them would be 32 MB for 160 rounds of 50,000 weights.
 - A cohort's cap may be given lower at a later opening, and then binds; a higher one is refused: it was for life.
+- A study's metrics are a plan of their own, charged under `metrics_of(study)`: one step at q = 1, no spare. So marking,
+  storing, replaying, restoring and the anchor hold for them as they are, and an older program that shares the ledger
+  reads them as one more study, at the price of the filter. An entry kind of their own would need each rule twice.
 - Spending is by plan, not by step: a plan that is never finished costs the same. So a ledger that lost entries is
   made safe by knowing the lost plans; lost attempts only mean that nothing more may be trained under their plans.
 """
@@ -19,8 +22,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from client.entries import (
     Admitted,
@@ -35,10 +39,24 @@ from client.entries import (
     Restored,
 )
 from common.errors import BudgetError
-from common.privacy.accounting import best_order, epsilon_of, filter_epsilon, rdp_of
+from common.privacy.accounting import Steps, best_order, epsilon_of_history, filter_epsilon, rdp_of
 from common.privacy.plan import Plan
 
+if TYPE_CHECKING:
+    from common.study import Study
+
 KEPT_ROUNDS = 2
+METRICS = "/metrics"
+
+
+def metrics_of(study: str) -> str:
+    """What a study's metrics are charged under."""
+    return study + METRICS
+
+
+def study_of(charged: str) -> str:
+    """The study that a plan was charged for, training and metrics alike."""
+    return charged.removesuffix(METRICS)
 
 
 @dataclass(frozen=True)
@@ -61,29 +79,39 @@ class Release:
 
 @dataclass
 class Cohort:
-    """A cohort's budget and every plan ever charged to it, in order."""
+    """A cohort's budget and every plan ever charged to it, in order, by what it was charged for."""
 
     cap: float
     delta: float
     order: float
-    plans: list[Plan] = field(default_factory=list)
+    charges: dict[str, Plan] = field(default_factory=dict)
     patients: list[int] = field(default_factory=list)  # positions of the entries whose attachments list its patients
 
-    def price(self, plans: Iterable[Plan]) -> float:
-        """Epsilon of plans together: (a) an only plan by PLD; (b) several by the Renyi filter at the stored order.
+    def price(self, charges: Mapping[str, Plan]) -> float:
+        """Epsilon of charges together: (a) of one study by PLD; (b) of several by the Renyi filter at the stored order.
 
-        The filter (Feldman and Zrnic 2021) holds where a later plan was chosen after seeing what an earlier one
-        released; composing PLDs does not.
+        One study's plans, for training and for metrics, both follow from its terms, which were pinned before its
+        first step. So PLD composes them, also where the weights that are scored, or whether metrics are asked for,
+        depend on what training released: to stop early is post-processing. The filter (Feldman and Zrnic 2021) holds
+        where a later study was chosen after seeing what an earlier one released; composing PLDs does not.
         """
-        plans = list(plans)
-        if len(plans) <= 1:
-            return epsilon_of(plans[0]) if plans else 0.0
+        plans = list(charges.values())
+        if not plans:
+            return 0.0
+        if len({study_of(charged) for charged in charges}) == 1:
+            steps = [Steps(plan.sampling_rate, plan.noise_multiplier, plan.priced_steps) for plan in plans]
+            return epsilon_of_history(steps, min(plan.delta for plan in plans))
         return filter_epsilon((rdp_of(plan, self.order) for plan in plans), self.order, self.delta)
+
+    @property
+    def plans(self) -> list[Plan]:
+        """Every plan charged, in order."""
+        return list(self.charges.values())
 
     @property
     def spent(self) -> float:
         """Epsilon of all plans charged so far, at the cohort's delta or a smaller one."""
-        return self.price(self.plans)
+        return self.price(self.charges)
 
 
 @dataclass
@@ -171,14 +199,26 @@ class Accounts:
             raise BudgetError(f"cohort `{cohort_name}` is not open; open it with its patients first")
         if plan.delta > cohort.delta:
             raise BudgetError(f"plan's delta {plan.delta} exceeds the cohort's {cohort.delta}; lower the study's delta")
-        epsilon = cohort.price([*cohort.plans, plan])
+        epsilon = cohort.price({**cohort.charges, study: plan})
         if not epsilon <= cap:
             raise BudgetError(
-                f"epsilon {epsilon:.4g} (this plan {cohort.price([plan]):.4g}, spent before {cohort.spent:.4g}, left "
-                f"{max(0.0, cap - cohort.spent):.4g}) exceeds the cohort's cap {cap}; "
+                f"epsilon {epsilon:.4g} (this plan {cohort.price({study: plan}):.4g}, "
+                f"spent before {cohort.spent:.4g}, "
+                f"left {max(0.0, cap - cohort.spent):.4g}) exceeds the cohort's cap {cap}; "
                 "take a smaller epsilon or fewer rounds"
             )
         return Admitted(cohort_name, study, plan, epsilon)
+
+    def admit_all(self, cohort: str, study: Study, cap: float, *, with_metrics: bool) -> None:
+        """Charge all that a study will: to find out, on accounts that nobody stores, whether it fits.
+
+        Raises:
+            BudgetError: as `admission`.
+        """
+        digest, metrics = study.digest(), study.metrics_plan() if with_metrics else None
+        for charged, plan in ((digest, study.plan()), (metrics_of(digest), metrics)):
+            if plan is not None and isinstance(admitted := self.admission(cohort, charged, plan, cap), Admitted):
+                self.apply(admitted)
 
     def attempting(self, study: str, round_number: int, steps: int, weights_digest: str) -> Attempted | Release:
         """The entry that marks an attempt, or the release that answers this round and these weights.
@@ -261,4 +301,4 @@ class Accounts:
 
     def _charge(self, entry: Admitted) -> None:
         self.studies[entry.study] = Account(entry.cohort, entry.plan, entry.epsilon)
-        self.cohorts[entry.cohort].plans.append(entry.plan)
+        self.cohorts[entry.cohort].charges[entry.study] = entry.plan

@@ -173,8 +173,9 @@ def _budget(site: SiteFile, study: Study) -> str:
         accounts.apply(opening)
     cohort = accounts.cohorts[name]
     spent = cohort.spent
-    accounts.admission(name, study.digest(), study.plan(), cap)
-    return f"{path}: {'' if exists else 'a new ledger, '}{len(cohort.plans)} plan(s) charged, {cap - spent:.3g} left"
+    said = f"{path}: {'' if exists else 'a new ledger, '}{len(cohort.plans)} plan(s) charged, {cap - spent:.3g} left"
+    accounts.admit_all(name, study, cap, with_metrics=site.policy.allows_metrics(study))
+    return said
 
 
 def _records(site: SiteFile, state: StateFolder, study: Study) -> Sequences:

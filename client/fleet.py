@@ -86,6 +86,7 @@ from client.network import (
 from client.site_file import ServerTerms
 from common.errors import WardroundError, WireError
 from common.keys import as_flower_bytes
+from common.records import ANSWERED_BY
 
 HEARTBEAT_SECONDS = HEARTBEAT_DEFAULT_INTERVAL  # the server calls a node offline after two of these
 PULL_SECONDS = 600.0  # for one message
@@ -178,8 +179,8 @@ class Fleet:
     def pull(self, limit: Limit) -> Incoming | None:
         """The next message, or None if there is none (any more).
 
-        What is no TRAIN message within `limit` comes without content, and with a fault. Only the fault itself is told,
-        never what was sent.
+        What is no TRAIN or EVALUATE message within `limit` comes without content, and with a fault. Only the fault
+        itself is told, never what was sent.
         """
         answer = self._ask(lambda: self._client.PullMessages(PullMessagesRequest(node=self._node)))
         if not answer.messages_list:
@@ -191,8 +192,8 @@ class Fleet:
             raise NetworkError(f"{self._server.address}: sent a message without metadata ({_kind(error)})") from None
         run, fault = message.metadata.run_id, None
         try:
-            if message.metadata.message_type != MessageType.TRAIN:
-                raise WireError(f"message type is not {MessageType.TRAIN}")
+            if message.metadata.message_type not in ANSWERED_BY:
+                raise WireError(f"message type is not {' or '.join(ANSWERED_BY)}")
             if not trees or trees[0].object_id != message.metadata.message_id:
                 raise WireError("the message's objects belong to another message")
             message.content = self._content(run, trees[0], limit)

@@ -17,7 +17,7 @@ from client.enrolment import enrolled
 from client.ledger import DEFAULT_COHORT, Ledger
 from client.ledger_file import SqliteLedger
 from client.ledger_place import begun, ledger_path
-from client.readers.own import read_records
+from client.readers.own import read_held_out, read_records
 from client.site import Site
 from client.site_file import SiteFile, load_site_file, study_of
 from client.state import StateFolder
@@ -69,7 +69,7 @@ class Hospital:
         with open_ledger(site, create=False, wait=ROUND_SECONDS) as ledger:  # given back: `answer` takes it up
             opened = site_with(ledger, site, study, state, randomness)
             if site.cohort is not None:
-                ledger.open_cohort(site.cohort, opened.dataset.sequences.patient_id)
+                ledger.open_cohort(site.cohort, opened.patient_ids)
         return cls(opened, optouts)
 
     @property
@@ -112,9 +112,15 @@ def open_ledger(site: SiteFile, *, create: bool, wait: float = 0.0) -> SqliteLed
 def site_with(
     ledger: Ledger, site: SiteFile, study: Study, state: StateFolder, randomness: RandomnessOf | None = None
 ) -> Site:
-    """The site with its records, charging `ledger`; real randomness unless a test passes another."""
+    """The site with its records, charging `ledger`; real randomness unless a test passes another.
+
+    Held-out patients are read only where metrics of the study may leave: nobody else needs their records.
+    """
     sequences = read_records(site, study, state)
-    dataset = Dataset(sequences, centre_mask=study.model.centre_mask, device=resolve(site.device))
+    centred, held_out = study.model.centre_mask, None
+    dataset = Dataset(sequences, centre_mask=centred, device=resolve(site.device))
+    if site.policy.allows_metrics(study) and (apart := read_held_out(site, study, state)) is not None:
+        held_out = Dataset(apart, centre_mask=centred)
     if randomness is None:
-        return Site(site.site, study, dataset, ledger, policy=site.policy)
-    return Site(site.site, study, dataset, ledger, randomness, policy=site.policy)
+        return Site(site.site, study, dataset, ledger, policy=site.policy, held_out=held_out)
+    return Site(site.site, study, dataset, ledger, randomness, policy=site.policy, held_out=held_out)

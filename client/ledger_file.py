@@ -329,7 +329,7 @@ def accept_restore(
 def _charged(accounts: Accounts, cohort: str, study: str, plan: Plan) -> Admitted:
     """A lost plan as it is charged: it was spent, so nobody asks whether it fits."""
     charges = accounts.cohorts[cohort]
-    epsilon = charges.price([*charges.plans, plan])
+    epsilon = charges.price({**charges.charges, study: plan})
     if not math.isfinite(epsilon):
         raise BudgetError(f"the lost study {study[:12]} has no noise, so no epsilon covers it; name its true terms")
     charged = Admitted(cohort, study, plan, epsilon)

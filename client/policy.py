@@ -39,9 +39,11 @@ class Policy(Terms):
         cells: the networks allowed; absent: any.
         features: digests of the feature schemas allowed (`FeatureSchema.digest`); absent: any.
         min_patients: least number of patients to enrol with.
+        min_metrics_noise: least noise of a study's metrics, in patients; absent: no metric leaves this hospital.
 
     Guarantee:
-        No round is trained of a study that exceeds one of these limits, whatever a server sends.
+        No round is trained of a study that exceeds one of these limits, whatever a server sends. No metric leaves
+        unless `min_metrics_noise` is written, and none with less noise.
     """
 
     max_epsilon: float = Field(gt=0, le=100)
@@ -54,6 +56,7 @@ class Policy(Terms):
     cells: tuple[Literal["gru", "lstm", "rnn", "none"], ...] | None = Field(default=None, min_length=1)
     features: tuple[Digest, ...] | None = Field(default=None, min_length=1)
     min_patients: int = Field(default=1, ge=0)
+    min_metrics_noise: float | None = Field(default=None, ge=0.25)
 
     def check(self, study: Study) -> None:
         """Compare a study's terms with every limit.
@@ -103,6 +106,29 @@ class Policy(Terms):
                 self.min_noise_multiplier,
             ),
         )
+
+    def check_metrics(self, study: Study) -> None:
+        """Compare what the study asks to be told of the final weights with what this hospital tells.
+
+        The rest of the study has no part in it: whoever tells no metrics trains all the same.
+
+        Raises:
+            PolicyError: no metrics, or none with so little noise.
+        """
+        if study.metrics is None:
+            return
+        asked = f"metrics with noise of {study.metrics.noise_multiplier} patients"
+        least = self.min_metrics_noise
+        holds = least is not None and study.metrics.noise_multiplier >= least
+        self._refuse(study, (holds, asked, "min_metrics_noise", "none leave" if least is None else least))
+
+    def allows_metrics(self, study: Study) -> bool:
+        """Whether this hospital tells the study's metrics, if the study has any."""
+        try:
+            self.check_metrics(study)
+        except PolicyError:
+            return False
+        return study.metrics is not None
 
     def _refuse(self, study: Study, *limits: tuple[bool, str, str, object]) -> None:
         """Raises PolicyError for the limits that do not hold: (holds, what is asked, the limit's name, the limit)."""

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import Message
+from flwr.app import Message, MessageType
 
 from client.enrolment import Enrolment, enrolled
 from client.fleet import Fleet, Incoming
@@ -152,9 +152,11 @@ class Service:
             answer = self._trainer.answer(message, node)
             if answer is not None:
                 reply = self._checked(answer, reply)
-        log.info("round %d: %s after %.1f s", number, reply.status, self._clock() - began)
+        kind = message.metadata.message_type
+        what = "round" if kind == MessageType.TRAIN else "metrics after round"
+        log.info("%s %d: %s after %.1f s", what, number, reply.status, self._clock() - began)
         ends = reply.status is Status.OK and number == ready.rounds
-        self._unsent = Message(reply_to_content(reply), reply_to=message), message, ends
+        self._unsent = Message(reply_to_content(reply, kind), reply_to=message), message, ends
 
     @staticmethod
     def _checked(answer: Message, failure: Reply) -> Reply:

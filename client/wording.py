@@ -52,6 +52,7 @@ def terms_in_words(study: Study, site: SiteFile, weights: int) -> str:
     others = [f"{name} ({terms.declared_patients})" for name, terms in study.sites.items() if name != site.site]
     network = "logistic regression" if study.model.cell == "none" else f"a {study.model.cell.upper()} network"
     right = math.ceil(100 * best_guess(plan))
+    told = metrics_in_words(study, site)
     q, clip, sigma = plan.sampling_rate, plan.clip, plan.noise_multiplier
     return f"""\
 Study {study.name} predicts `{study.task.name}` with {network} of {weights:,} weights.
@@ -62,7 +63,7 @@ Taking part: {site.site}, this hospital, which publishes that it has about {decl
 Price: epsilon {epsilon_of(plan):.3g} at delta {plan.delta:g} for each patient, for the whole study. This hospital
 allows {site.policy.max_epsilon:g} at {site.policy.delta:g} for a lifetime of studies. All of it is charged with the
 first round, also if the study stops early.
-
+{told}
 In words: somebody who sees everything that this hospital sends, and knows everything except whether
 one given patient is among its records, can guess that rightly in at most {right} of 100 cases; tossing
 a coin, in 50.
@@ -75,9 +76,26 @@ Leaves this hospital, each round: {weights:,} numbers with the noise in them; th
 of a closed list, such as OK or LOCAL_FAILURE; digests of study, program and the ledger's newest entry;
 this hospital's public key.
 
-Never leaves: records, patient ids, counts, labels, results of a test, texts of errors.
+Never leaves: records, patient ids, exact counts, labels, results of a test without noise, texts of errors.
 
 Not covered by the price: when this hospital answers and whether it does, that it takes part, the size
 that it publishes, and what people tell each other. A patient with records at two of the hospitals pays
 at both.
+"""
+
+
+def metrics_in_words(study: Study, site: SiteFile) -> str:
+    """What the study's metrics cost and tell, or that they do not leave: a paragraph, empty if the study has none."""
+    if study.metrics is None:
+        return ""
+    noise, cells = study.metrics.noise_multiplier, 2 * study.metrics.bins
+    if not site.policy.allows_metrics(study):
+        return f"""
+Metrics: the study would ask once for how the final weights score held-out patients, with noise of
+{noise:g} patients. This hospital's policy does not tell that (min_metrics_noise), and trains all the same.
+"""
+    return f"""
+Metrics: once, after the last round, this hospital also tells how the weights score its held-out patients:
+{cells} counts of patients by label and score, each with noise of {noise:g} patients. With them the price for
+the whole study is epsilon {study.epsilon(with_metrics=True):.3g}; the guess below is about the training alone.
 """

@@ -3,8 +3,10 @@
 Server to site, message type TRAIN: `weights` (ArrayRecord) and `request` (ConfigRecord: wire, study, code, round,
 and `head`, the newest head of the site's ledger that this server has seen, or nothing). Site to server: `reply`
 (ConfigRecord: the same four, `status`, a word from `Status`, and `head`, its ledger's head now), and `update`
-(ArrayRecord) if and only if the status is OK. No other key, no number that was computed from patients but the noised
-update. A head is a salted hash: it tells a server nothing, and a site whether its ledger was put back to an older one.
+(ArrayRecord) if and only if the status is OK. Message type EVALUATE asks for metrics of the weights after the study's
+last round, in the same form; the answer's arrays are then called `metrics`. No other key, no number that was computed
+from patients but the noised update or metrics. A head is a salted hash: it tells a server nothing, and a site whether
+its ledger was put back to an older one.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from common.errors import WireError
 from common.weights import Weights
 
 WIRE_VERSION = 1
+ANSWERED_BY = {MessageType.TRAIN: "update", MessageType.EVALUATE: "metrics"}  # what may be asked, and what is answered
 HEAD = re.compile("(?:[0-9a-f]{64})?")
 
 
@@ -53,7 +56,10 @@ class Header:
 
 @dataclass(frozen=True)
 class Request:
-    """A round's request: train from these weights. `head`: see the module docstring; "" if there is none."""
+    """A round's request: train from these weights, or tell their metrics, which the message's type says.
+
+    `head`: see the module docstring; "" if there is none.
+    """
 
     header: Header
     weights: Weights
@@ -62,7 +68,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """A site's answer: an update if and only if `status` is OK."""
+    """A site's answer: an update, or metrics in its place, if and only if `status` is OK."""
 
     header: Header
     status: Status
@@ -71,41 +77,41 @@ class Reply:
 
 
 def request_to_content(request: Request) -> RecordDict:
-    """The content of a TRAIN message."""
+    """The content of a TRAIN or EVALUATE message."""
     record = ConfigRecord({**request.header.record(), "head": request.head})
     return RecordDict({"weights": _arrays(request.weights), "request": record})
 
 
 def request_from_message(message: Message) -> Request:
-    """Decode a TRAIN message. Raises WireError without echoing what was sent."""
-    if message.metadata.message_type != MessageType.TRAIN:
-        raise WireError(f"message type must be {MessageType.TRAIN}")
+    """Decode a TRAIN or EVALUATE message. Raises WireError without echoing what was sent."""
+    _answered_by(message)
     content = _content(message, {"weights", "request"})
     terms, rest = _terms(content, "request", {"head"})
     return Request(terms, _weights(content, "weights"), _head(rest))
 
 
-def reply_to_content(reply: Reply) -> RecordDict:
-    """The content of a site's answer."""
+def reply_to_content(reply: Reply, kind: str = MessageType.TRAIN) -> RecordDict:
+    """The content of a site's answer to a message of type `kind`."""
     record = ConfigRecord({**reply.header.record(), "status": reply.status.value, "head": reply.head})
     if reply.update is None:
         return RecordDict({"reply": record})
-    return RecordDict({"reply": record, "update": _arrays(reply.update)})
+    return RecordDict({"reply": record, ANSWERED_BY[kind]: _arrays(reply.update)})
 
 
 def reply_from_message(message: Message) -> Reply:
     """Decode a site's answer. Raises WireError without echoing what was sent."""
     if message.has_error():
         raise WireError(f"the connection reported error code {message.error.code} instead of a reply")
-    answered = message.has_content() and "update" in message.content
-    content = _content(message, {"reply", "update"} if answered else {"reply"})
+    arrays = _answered_by(message)
+    answered = message.has_content() and arrays in message.content
+    content = _content(message, {"reply", arrays} if answered else {"reply"})
     terms, rest = _terms(content, "reply", {"status", "head"})
     if rest["status"] not in set(Status):
         raise WireError("status is not a word of the closed list")
     status = Status(str(rest["status"]))
     if (status is Status.OK) != answered:
-        raise WireError("an update must come with status OK, and only then")
-    return Reply(terms, status, _weights(content, "update") if answered else None, _head(rest))
+        raise WireError(f"an answer must hold `{arrays}` with status OK, and only then")
+    return Reply(terms, status, _weights(content, arrays) if answered else None, _head(rest))
 
 
 def check_like(weights: Weights, expected: Weights, what: str) -> None:
@@ -117,6 +123,14 @@ def check_like(weights: Weights, expected: Weights, what: str) -> None:
             raise WireError(f"{what}: `{name}` differs from {expected[name].dtype} of shape {expected[name].shape}")
         if not np.isfinite(array).all():
             raise WireError(f"{what}: `{name}` has non-finite values")
+
+
+def _answered_by(message: Message) -> str:
+    """Name of the arrays that answer a message of this type. Raises WireError: there is no such question."""
+    kind = message.metadata.message_type
+    if kind not in ANSWERED_BY:
+        raise WireError(f"message type must be {' or '.join(ANSWERED_BY)}")
+    return ANSWERED_BY[kind]
 
 
 def _arrays(weights: Weights) -> ArrayRecord:

@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from common.errors import ConfigurationError
-from common.privacy.accounting import noise_multiplier_for
+from common.privacy.accounting import Steps, epsilon_of_history, noise_multiplier_for
 from common.privacy.plan import Plan
 from common.schema import FeatureSchema
+from common.score_histogram import CLASSES, SENSITIVITY, ScoreBins
 from common.terms import Terms, load, parse, read_yaml
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
@@ -86,6 +87,17 @@ class Training(Terms):
         return self
 
 
+class Metrics(Terms):
+    """What sites may tell of the final weights, once, if their policies allow it: a noised histogram of scores.
+
+    `noise_multiplier` is the noise of each cell in patients; `bins` the number of score bins (`ScoreBins`). Fewer bins
+    tell less of the curve, and drown less in noise.
+    """
+
+    noise_multiplier: float = Field(ge=0.25, le=1e5)
+    bins: int = Field(default=10, ge=4, le=100)
+
+
 class SiteTerms(Terms):
     """What a site has agreed to publish about itself."""
 
@@ -121,6 +133,7 @@ class Study(Terms):
     model: Model = Model()
     privacy: Privacy
     training: Training
+    metrics: Metrics | None = None
     sites: dict[Name, SiteTerms] = Field(min_length=1)
     quorum: int = Field(ge=1)
     device: Literal["cpu", "cuda", "auto"] = "cpu"
@@ -170,6 +183,28 @@ class Study(Terms):
         )
         return Plan(self.privacy.sampling_rate, sigma, self.privacy.clip, self.privacy.delta, steps, spare)
 
+    def metrics_plan(self) -> Plan | None:
+        """The plan of a site's metrics: one step on all held-out patients, no spare; None if the study has none.
+
+        A step at q = 1 with noise sigma x `SENSITIVITY` is the Gaussian mechanism, so it is priced like any other.
+        """
+        if self.metrics is None:
+            return None
+        return Plan(1.0, self.metrics.noise_multiplier, SENSITIVITY, self.privacy.delta, steps=1)
+
+    def epsilon(self, *, with_metrics: bool) -> float:
+        """PLD epsilon of a site's whole part in this study, as an only study: training, and metrics if it tells them.
+
+        Both plans follow from these terms, so they were fixed before the first step: see `client/accounts.py`.
+        """
+        plans = [self.plan(), self.metrics_plan() if with_metrics else None]
+        steps = [Steps(plan.sampling_rate, plan.noise_multiplier, plan.priced_steps) for plan in plans if plan]
+        return epsilon_of_history(steps, self.privacy.delta)
+
+    def score_bins(self, metrics: Metrics) -> ScoreBins:
+        """Where the bins of `metrics` lie."""
+        return ScoreBins(metrics.bins, self.task.prevalence)
+
     def aggregation_weights(self) -> dict[str, float]:
         """Public weight of each site, summing to 1: never from a reply, never from a true count.
 
@@ -196,6 +231,13 @@ class Study(Terms):
             10 * plan.clip / plan.sampling_rate
             + 10 * plan.noise_multiplier * plan.clip * math.sqrt(parameters) / divisor
         )
+
+    def largest_histogram(self, site: str) -> float:
+        """A public L2 norm that no honest histogram of `site` exceeds, as `largest_update`; 0 without metrics."""
+        if self.metrics is None:
+            return 0.0
+        noise = 10 * self.metrics.noise_multiplier * SENSITIVITY * math.sqrt(CLASSES * self.metrics.bins)
+        return 10 * self.sites[site].declared_patients + noise
 
     def learning_rate(self, round_number: int) -> float:
         """Learning rate of round 1..rounds: constant, or linear decay that would reach 0 after the last round."""

@@ -1,10 +1,12 @@
 """One study at the coordinator, from an opened folder to the final weights: connection, rounds, files, pauses.
 
     open the port -> read the study -> for each round: ask, check, average, write the line, write the checkpoint
+                  -> if the study has metrics: ask, check, estimate, write
 
 The port opens before the study is read, because pricing its plan takes seconds and sites may connect meanwhile. A
 round without quorum pauses the study: the weights stay, and the round is asked for again. A signal ends the server
-at its next wait; the round that was on does not count.
+at its next wait; the round that was on does not count. Metrics have no quorum: who is away at that time is left out,
+until `--resume` asks again, which costs no patient anything.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from common.errors import ConfigurationError
 from common.provenance import code_digest
 from common.records import WIRE_VERSION
 from common.weights import to_bytes
-from server import progress
+from server import evaluation, progress
 from server.certificates import RENEW_DAYS, days_left
 from server.checkpoint import Checkpoint, load, save
 from server.files import held, write_atomically
@@ -29,7 +31,7 @@ from server.folder import ServerFolder, read_certificate
 from server.grid import LOOK, FleetGrid, Presence, StoppedError
 from server.participation import QuorumError
 from server.public import Tls
-from server.rounds import RoundRecord, run
+from server.rounds import RoundRecord, ask_for_metrics, run
 from server.strategy import FederatedAveraging
 from server.superlink import SuperLink
 
@@ -138,6 +140,15 @@ class _Run:
             on_no_quorum=on_no_quorum,
         )
         write_atomically(self._folder.path / "weights.safetensors", to_bytes(strategy.weights))
+        if study.metrics is not None:
+            self._now.show("metrics", self._done)
+            replies = ask_for_metrics(self._grid, strategy, deadline=self._folder.terms.deadline_seconds)
+            keep()  # the heads of ledgers, which have moved on
+            found = evaluation.evaluation(study, replies)
+            evaluation.write(self._folder.path, found)
+            for line in evaluation.lines(found):
+                log.info("%s", line.strip())
+                self._tell(line)
         self._tell(f"finished: {rounds} rounds; weights in {self._folder.path / 'weights.safetensors'}")
 
     def _report(self, record: RoundRecord, what: str) -> None:

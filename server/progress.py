@@ -29,7 +29,7 @@ log = logging.getLogger("wardround.server")
 STALE = 20.0  # seconds after which a server that writes every `EVERY` is taken for gone
 EVERY = 5.0
 FEW = 10  # latest rounds that the time left is judged by
-Phase = Literal["starting", "waiting", "round", "finished", "stopped"]
+Phase = Literal["starting", "waiting", "round", "metrics", "finished", "stopped"]
 
 
 def append(path: Path, record: RoundRecord, *, counted: bool) -> None:
@@ -141,6 +141,7 @@ class Status:
         phase: what the server does, or `not running`.
         seconds_left: judged by the latest rounds; None before the first and after the last.
         guarantee: epsilon of the whole plan: what a site promises its patients, also when the study stops early.
+        guarantee_with_metrics: the same for a site that tells the study's metrics; None if the study has none.
     """
 
     study: str
@@ -152,6 +153,7 @@ class Status:
     quorum: int
     seconds_left: float | None
     guarantee: float
+    guarantee_with_metrics: float | None
     delta: float
     sites: tuple[SiteStatus, ...]
 
@@ -204,6 +206,7 @@ def summarise(
         study.quorum,
         sum(seconds) / len(seconds) * left if seconds and left else None,
         epsilon_of(plan),
+        None if study.metrics is None else study.epsilon(with_metrics=True),
         plan.delta,
         tuple(sites),
     )

@@ -1,6 +1,7 @@
 """The whole federated run on one page, over Flower's `Grid` and the study's `Strategy`.
 
     for each round: send the weights -> sites train -> check the replies -> average -> step -> record
+    after the last, if the study has metrics: send the weights -> sites score -> check the replies
 
 Whatever the grid is (the embedded SuperLink, virtual hospitals in this process, Flower's simulation engine), this
 loop does not know. Flower's own `Strategy.start` is not used: it always begins at round 1 and keeps nothing.
@@ -16,7 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 
 from common.weights import Weights
-from server.participation import QuorumError
+from server.participation import QuorumError, Replies
 from server.strategy import FederatedAveraging
 
 
@@ -68,6 +69,19 @@ def run(
         on_round(_record(number, strategy, began))
         number += 1
     return strategy.weights
+
+
+def ask_for_metrics(grid: Grid, strategy: FederatedAveraging, *, deadline: float | None = None) -> Replies:
+    """Ask every site once for metrics of the final weights; who answered, and why others did not.
+
+    Asked again, a site repeats its answer. Without metrics in the study nobody is asked, and nobody answers.
+    """
+    last = strategy.study.training.rounds
+    messages = list(strategy.configure_evaluate(last, ArrayRecord(), ConfigRecord(), grid))
+    if not messages:
+        return Replies()
+    strategy.aggregate_evaluate(last, grid.send_and_receive(messages, timeout=deadline))
+    return strategy.replies
 
 
 def _record(number: int, strategy: FederatedAveraging, began: float) -> RoundRecord:

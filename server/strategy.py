@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from common.provenance import code_digest
 from common.records import Header, Request, request_to_content
+from common.score_histogram import CLASSES, HISTOGRAM
 from common.weights import Weights
 from server.optimizer import AdamState, adam, plain, weighted_mean
 from server.participation import Replies, collect
@@ -49,10 +51,13 @@ class FederatedAveraging(Strategy):
     ) -> Iterable[Message]:
         """One TRAIN message with the global weights for every site of the roster, in order of site name."""
         del arrays, config, grid
+        yield from self._questions(server_round, MessageType.TRAIN)
+
+    def _questions(self, server_round: int, kind: str) -> Iterable[Message]:
         self._roster = {node: site for node, site in self._roster_of().items() if site in self._site_weights}
         for node, site in sorted(self._roster.items(), key=lambda pair: pair[1]):
             request = Request(self._header(server_round), self.weights, self.heads.get(site, ""))
-            yield Message(request_to_content(request), dst_node_id=node, message_type=MessageType.TRAIN)
+            yield Message(request_to_content(request), dst_node_id=node, message_type=kind)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -72,14 +77,24 @@ class FederatedAveraging(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Nothing: metrics leave a site only as its policy says, and by default none do."""
-        del server_round, arrays, config, grid
-        return []
+        """After the last round one EVALUATE message for every site, if the study has metrics; else nothing.
+
+        Whether a site answers is for its policy to say.
+        """
+        del arrays, config, grid
+        if self.study.metrics is None or server_round != self.study.training.rounds:
+            return
+        yield from self._questions(server_round, MessageType.EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing to aggregate."""
-        del server_round, replies
-        return None
+        """Sort the noised histograms into `replies`; their sum is `server.evaluation`'s. No quorum is asked for."""
+        if (metrics := self.study.metrics) is None:
+            return None
+        like = {HISTOGRAM: np.zeros((CLASSES, metrics.bins), np.float32)}
+        largest = {site: self.study.largest_histogram(site) for site in self.study.sites}
+        self.replies = collect(replies, self._roster, self._header(server_round), like, largest)
+        self.heads |= self.replies.heads
+        return MetricRecord({"sites": len(self.replies.updates)})
 
     def summary(self) -> None:
         """Flower's hook for a log of settings; the study file is that log."""

@@ -17,6 +17,8 @@ from common.errors import ConfigurationError, WardroundError
 if TYPE_CHECKING:
     from client.accounts import Accounts
     from client.site_file import SiteFile
+    from common.privacy.plan import Plan
+    from common.study import Study
 
 WIDTH = 120  # a narrower terminal wraps the lines: numbers that are cut off would be worse
 QUESTION = """\
@@ -88,9 +90,18 @@ def _accept(site: SiteFile, ledger: Path, lost: list[Path], yes: bool, names: di
         site.policy.delta,
         site.cohort or DEFAULT_COHORT,
         anchor=Path(site.anchor) if site.anchor is not None else None,
-        lost={study.digest(): study.plan() for study in studies},
+        lost=_all_plans(studies),
     )
     typer.echo(f"accepted; {len(written.plans)} plan(s) were charged that this copy did not know", err=True)
+
+
+def _all_plans(studies: list[Study]) -> dict[str, Plan]:
+    """What studies may have charged: training, and metrics, whether or not they were told."""
+    from client.accounts import metrics_of
+
+    plans = {study.digest(): study.plan() for study in studies}
+    metrics = {metrics_of(study.digest()): study.metrics_plan() for study in studies}
+    return plans | {charged: plan for charged, plan in metrics.items() if plan is not None}
 
 
 def _names(site: SiteFile) -> dict[str, str]:
@@ -112,12 +123,14 @@ def summary(accounts: Accounts, head: str, names: dict[str, str]) -> dict[str, A
         head: of the ledger.
         names: study digest -> name, as far as known.
     """
+    from client.accounts import METRICS, study_of
     from common.privacy.accounting import epsilon_of
 
     studies = [
         {
-            "study": digest,
-            "name": names.get(digest),
+            "study": study_of(digest),
+            "part": "metrics" if digest.endswith(METRICS) else "training",
+            "name": names.get(study_of(digest)),
             "cohort": account.cohort,
             "sampling_rate": account.plan.sampling_rate,
             "noise_multiplier": account.plan.noise_multiplier,
@@ -139,6 +152,7 @@ def summary(accounts: Accounts, head: str, names: dict[str, str]) -> dict[str, A
             "delta": cohort.delta,
             "order": cohort.order,
             "plans": len(cohort.plans),
+            "studies": len({study_of(charged) for charged in cohort.charges}),
             "charged": cohort.spent,
             "left": max(0.0, cohort.cap - cohort.spent),
         }
@@ -162,7 +176,7 @@ def show(found: dict[str, Any], ledger: str, *, to_errors: bool = False) -> None
             table.add_column(heading, justify="left" if heading in ("study", "cohort") else "right", no_wrap=True)
         for s in found["studies"]:
             table.add_row(
-                f"{s['study'][:12]} {s['name'] or ''}{' (ended by a restore)' if s['ended_by_restore'] else ''}",
+                _label(s),
                 s["cohort"],
                 *(f"{s[key]:g}" for key in ("sampling_rate", "noise_multiplier", "clip", "delta")),
                 f"{s['steps_taken']}/{s['steps_priced']}",
@@ -174,10 +188,20 @@ def show(found: dict[str, Any], ledger: str, *, to_errors: bool = False) -> None
     else:
         console.print(f"{ledger}: no study was charged")
     for c in found["cohorts"]:
-        how = "by PLD: one plan" if c["plans"] == 1 else f"by the Renyi filter at order {c['order']:g}"
+        how = f"by the Renyi filter at order {c['order']:g}"
+        if c["studies"] == 1:
+            how = "by PLD: one plan" if c["plans"] == 1 else "by PLD: one study"
         charged = f"epsilon {c['charged']:.3f} charged ({how})" if c["plans"] else "nothing charged"
         console.print(f"cohort {c['cohort']}: {charged}, {c['left']:.3f} left of {c['cap']:g} at delta {c['delta']:g}")
     for d in found["disclosed"]:
         console.print(f"disclosed, exact, not covered by epsilon: {d['name']} (file sha256 {d['file'][:12]}..)")
     if found["restored"]:
         console.print(f"entries were lost and accepted as lost {found['restored']} time(s)")
+
+
+def _label(study: dict[str, Any]) -> str:
+    """A row's first cell: digest, name, and what is not plain training."""
+    words = [study["study"][:12], study["name"] or ""]
+    words += ["metrics"] if study["part"] == "metrics" else []
+    words += ["(ended by a restore)"] if study["ended_by_restore"] else []
+    return " ".join(words)

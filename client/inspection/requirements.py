@@ -154,7 +154,7 @@ def _budget(site: SiteFile, study: Study, state: StateFolder) -> str:
         accounts.apply(opening)
     left = max(0.0, cap - accounts.cohorts[name].spent)
     known = study.digest() in accounts.studies
-    accounts.admission(name, study.digest(), study.plan(), cap)
+    accounts.admit_all(name, study, cap, with_metrics=site.policy.allows_metrics(study))
     said = "the study was charged before" if known else f"the study asks for epsilon {study.privacy.epsilon}"
     return f"epsilon {left:.3g} left of {cap:g}; {said}"
 

@@ -25,26 +25,27 @@ def command(
 ) -> None:
     """Show rounds, sites, budgets and the time left. Works beside a running server and without one."""
     from common.errors import ConfigurationError
+    from server import evaluation
     from server.folder import open_folder
 
     if watch and as_json:
         raise ConfigurationError("--watch is for people, --json for programs; take one of them")
     opened = open_folder(folder)
     if as_json:
-        typer.echo(json.dumps(_status(opened).as_dict(), indent=1))
+        typer.echo(json.dumps({**_status(opened).as_dict(), "evaluation": evaluation.read(opened.path)}, indent=1))
         return
     from rich.console import Console
     from rich.live import Live
 
     console = Console()
     if not watch:
-        console.print(_shown(_status(opened)))
+        console.print(_shown(opened))
         return
-    with Live(_shown(_status(opened)), console=console, auto_refresh=False) as live:
+    with Live(_shown(opened), console=console, auto_refresh=False) as live:
         try:
             while True:
                 time.sleep(EVERY)
-                live.update(_shown(_status(opened)), refresh=True)
+                live.update(_shown(opened), refresh=True)
         except KeyboardInterrupt:
             pass
 
@@ -62,11 +63,14 @@ def _status(folder: ServerFolder) -> Status:
     )
 
 
-def _shown(status: Status) -> Group:
+def _shown(folder: ServerFolder) -> Group:
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
+    from server import evaluation
+
+    status, evaluated = _status(folder), evaluation.read(folder.path)
     left = f", about {_span(status.seconds_left)} left" if status.seconds_left else ""
     lines = [
         f"study {status.study} ({status.digest[:12]}): {status.phase}",
@@ -92,7 +96,10 @@ def _shown(status: Status) -> Group:
         f"epsilon per patient at delta {status.delta:g}; the guarantee is the whole plan's, {status.guarantee:.3f}, "
         "also if the study stops early. A site's own ledger counts further attempts that never reached this server."
     )
-    return Group(*(Text(line) for line in lines), table, Text(guarantee))
+    if status.guarantee_with_metrics is not None:
+        guarantee += f" For a site that tells metrics it is {status.guarantee_with_metrics:.3f}, both together."
+    found = [] if evaluated is None else evaluation.lines(evaluated)
+    return Group(*(Text(line) for line in lines), table, Text(guarantee), *(Text(line) for line in found))
 
 
 def _span(seconds: float) -> str:

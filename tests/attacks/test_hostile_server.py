@@ -257,11 +257,18 @@ def test_it_gets_one_word_and_the_log_says_which(attack: str, story: Story) -> N
     assert f": {expected} after" in story.lines[attack]
 
 
-@pytest.mark.parametrize("kind", [MessageType.EVALUATE, MessageType.QUERY, "train.evil", "system"])
+@pytest.mark.parametrize("kind", [MessageType.QUERY, "train.evil", "system"])
 def test_only_training_is_answered(kind: str, story: Story) -> None:
-    """Evaluation, queries and whatever else Flower could carry are MALFORMED, and logged with the reason."""
+    """Queries and whatever else Flower could carry are MALFORMED, and logged with the reason."""
     assert (story.replies[kind].status, story.replies[kind].update) == (Status.MALFORMED, None)
-    assert "a message was refused: message type is not train" in story.lines[kind]
+    assert "a message was refused: message type is not train or evaluate" in story.lines[kind]
+
+
+def test_metrics_that_the_study_does_not_have_are_not_told(story: Story) -> None:
+    """EVALUATE where the agreed study asks for no metrics is MALFORMED, and costs nothing."""
+    reply = story.replies[MessageType.EVALUATE]
+    assert (reply.status, reply.update) == (Status.MALFORMED, None)
+    assert "metrics after round 2: MALFORMED" in story.lines[MessageType.EVALUATE]
 
 
 def test_a_bomb_is_left_where_it_is(story: Story) -> None:

@@ -70,9 +70,9 @@ def test_a_site_that_cannot_be_opened_is_answered_with_a_code(caplog: pytest.Log
     assert SECRET not in caplog.text
 
 
-@pytest.mark.parametrize("kind", [MessageType.EVALUATE, MessageType.QUERY, "train.other", "nonsense"])
+@pytest.mark.parametrize("kind", [MessageType.QUERY, "train.other", "evaluate.other", "nonsense"])
 def test_no_other_kind_of_message_reaches_the_site(kind: str) -> None:
-    """The app has a handler for TRAIN alone; Flower refuses the rest before any site is asked for."""
+    """The app has handlers for TRAIN and EVALUATE alone; Flower refuses the rest before any site is asked for."""
 
     def untouched(_context: Context) -> Site:
         pytest.fail("the site was asked for")

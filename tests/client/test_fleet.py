@@ -127,13 +127,13 @@ def test_only_a_few_routes_are_ever_asked_for(coordinator: Coordinator, fleet: F
     }
 
 
-@pytest.mark.parametrize("kind", [MessageType.EVALUATE, MessageType.QUERY, "train.other", "system"])
+@pytest.mark.parametrize("kind", [MessageType.QUERY, "train.other", "evaluate.other", "system"])
 def test_another_kind_of_message_is_not_even_fetched(coordinator: Coordinator, fleet: Fleet, kind: str) -> None:
-    """Whatever is not TRAIN comes without content and with a fault, and none of its objects is asked for."""
+    """What is neither TRAIN nor EVALUATE comes without content, with a fault, and none of its objects is asked for."""
     offer = coordinator.offer(request_to_content(REQUEST), MessageType.QUERY)
     offer.message.metadata.__dict__["_message_type"] = kind
     incoming = offered(coordinator, fleet, offer)
-    assert incoming.fault == "message type is not train"
+    assert incoming.fault == "message type is not train or evaluate"
     assert len(incoming.message.content) == 0
     assert "/v1/fleet/pull-object" not in coordinator.calls
 

@@ -291,8 +291,8 @@ def test_an_update_and_only_an_update_is_ok(status: str, update: bool) -> None:
     refused(decode_reply, content)
 
 
-@pytest.mark.parametrize("kind", [MessageType.EVALUATE, MessageType.QUERY, "train.default", "train.other"])
-def test_only_train_messages_are_requests(kind: str) -> None:
+@pytest.mark.parametrize("kind", [MessageType.QUERY, "train.default", "train.other", "evaluate.other"])
+def test_only_train_and_evaluate_messages_are_requests(kind: str) -> None:
     """A message of any other type is a WireError, whatever its content."""
     with pytest.raises(WireError, match="message type"):
         request_from_message(message(good_request(), kind=kind))

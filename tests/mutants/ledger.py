@@ -20,20 +20,20 @@ MUTANTS = (
         changes=(
             Change(
                 SITE,
-                "marked = self._mark(request)\n                update = marked if isinstance(marked, bytes) else "
-                "self._train_and_store(request, marked)",
-                "update = self._train_and_store(request)",
+                "marked = self._mark(request, part)\n                update = marked if isinstance(marked, bytes) else "
+                "self._work_and_store(request, part, marked)",
+                "update = self._work_and_store(request, part)",
             ),
             Change(
                 SITE,
-                "def _train_and_store(self, request: Request, marked: Attempt) -> bytes:",
-                "def _train_and_store(self, request: Request) -> bytes:",
+                "def _work_and_store(self, request: Request, part: Part, marked: Attempt) -> bytes:",
+                "def _work_and_store(self, request: Request, part: Part) -> bytes:",
             ),
-            Change(SITE, "self._randomness(number, marked.number)", "self._randomness(number, 1)"),
+            Change(SITE, "request.header.round_number, marked.number)", "request.header.round_number, 1)"),
             Change(
                 SITE,
                 "        self.ledger.release(marked, stored)\n",
-                "        marked = self._mark(request)\n"
+                "        marked = self._mark(request, part)\n"
                 "        if isinstance(marked, bytes):\n"
                 "            return marked\n"
                 "        self.ledger.release(marked, stored)\n",

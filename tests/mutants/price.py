@@ -113,7 +113,7 @@ MUTANTS = (
         source="no peer keeps a budget across runs (asked for: opacus issue 688, Fed-BioMed 375, Flower 2216)",
         severity="high",
         prevention="the budget belongs to the cohort, for life",
-        changes=(Change(ACCOUNTS, "epsilon = cohort.price([*cohort.plans, plan])", "epsilon = cohort.price([plan])"),),
+        changes=(Change(ACCOUNTS, "price({**cohort.charges, study: plan})\n", "price({study: plan})\n"),),
         tests=(
             "client/test_ledger.py::test_a_plan_after_a_whole_budget_is_refused",
             "client/test_ledger.py::test_plans_are_admitted_until_the_cap_is_reached_and_not_beyond",

@@ -146,7 +146,7 @@ MUTANTS = (
         source="noise derived from (seed, round)",
         severity="total",
         prevention="one source per attempt, made anew",
-        changes=(Change("client/site.py", "self._randomness(number, marked.number)", "self._randomness(number, 1)"),),
+        changes=(Change("client/site.py", "self._randomness(number, attempt)", "self._randomness(number, 1)"),),
         tests=("client/test_site.py::test_two_attempts_never_share_their_noise",),
         fast=True,
     ),
