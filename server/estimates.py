@@ -33,7 +33,7 @@ from common.metrics import DEFINED_SHARE, Interval
 from common.score_histogram import SENSITIVITY, ScoreBins
 
 FloatArray = NDArray[np.float64]
-REDRAWS, LEVEL, SEED = 2000, 0.95, 0
+REDRAWS, LEVEL, SEED = 1000, 0.95, 0
 NEWTON_STEPS, SETTLED, STEEPEST = 25, 1e-4, 30.0
 LIMITS = {"auroc": (0.0, 1.0), "auprc": (0.0, 1.0), "slope": (-np.inf, np.inf), "in_the_large": (-np.inf, np.inf)}
 
@@ -152,6 +152,8 @@ def slope(cells: FloatArray, logit: FloatArray) -> FloatArray:
         step = np.stack([c * g - b * h, a * h - b * g]) / curvature
         step /= np.maximum(1, np.abs(step).max(0))
         level, steep, moved = level + step[0], steep + step[1], np.abs(step).max(0)
+        if not (moved >= SETTLED).any():
+            break
     return np.where((moved < SETTLED) & (np.abs(steep) < STEEPEST), steep, np.nan)
 
 
@@ -164,6 +166,8 @@ def in_the_large(cells: FloatArray, logit: FloatArray) -> FloatArray:
         weight = (total * risk * (1 - risk)).sum(1)
         moved = np.clip(_ratio(positive - (total * risk).sum(1), weight), -1, 1)
         shift = shift + moved
+        if not (np.abs(moved) >= SETTLED).any():
+            break
     return np.where((np.abs(moved) < SETTLED) & (np.abs(shift) < STEEPEST), shift, np.nan)
 
 

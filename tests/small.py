@@ -47,7 +47,7 @@ _STUDY: dict[str, Any] = {
 
 def small_study(**changes: Any) -> Study:
     """The small study; `model={"cell": "lstm"}` changes one key of a section, `quorum=1` a key of the study."""
-    data = {
+    data = changes | {
         key: {**value, **changes.get(key, {})}
         if isinstance(value, dict) and key != "sites"
         else changes.get(key, value)

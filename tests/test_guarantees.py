@@ -75,5 +75,5 @@ def test_each_part_of_a_promise_is_enforced_and_held_somewhere() -> None:
 
 def test_every_assumption_and_limit_that_is_used_is_listed() -> None:
     """A1, N1 and so on each have a row of their own."""
-    listed = set(re.findall(r"^\| ([AN]\d) \|", PAGE, re.MULTILINE))
-    assert set(re.findall(r"\b([AN]\d)\b", PAGE)) == listed
+    listed = set(re.findall(r"^\| ([AN]\d+) \|", PAGE, re.MULTILINE))
+    assert set(re.findall(r"\b([AN]\d+)\b", PAGE)) == listed

@@ -55,7 +55,7 @@ def write_study(
         terms["features"] = str(base.parent / terms["features"])
     terms["sites"] = {site: {"declared_patients": patients} for site, patients in declared.items()}
     for key, value in by.items():
-        terms[key] = {**terms[key], **value} if isinstance(value, dict) else value
+        terms[key] = {**terms.get(key, {}), **value} if isinstance(value, dict) else value
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(terms, sort_keys=False))
     return path

@@ -1,8 +1,8 @@
 """Everything that leaves a hospital stands in docs/egress.md, and nothing else leaves.
 
-One story with real processes: a hospital makes its key, enrols, takes part in three rounds and leaves, with a recorder
-between it and the study's server. All that was sent is decoded to the last byte; the fields are compared with the
-page's tables. An audit hook in the hospital's processes notes every other way out.
+One story with real processes: a hospital makes its key, enrols, takes part in three rounds, tells metrics and leaves,
+with a recorder between it and the study's server. All that was sent is decoded to the last byte; the fields are
+compared with the page's tables. An audit hook in the hospital's processes notes every other way out.
 """
 
 from __future__ import annotations
@@ -78,13 +78,20 @@ class Story:
 
     @property
     def replies(self) -> list[Pushed]:
-        return replies_in(self.training)
+        """Of the rounds."""
+        return replies_in(self.training)[:ROUNDS]
+
+    @property
+    def metrics(self) -> list[Pushed]:
+        """What came after them."""
+        return replies_in(self.training)[ROUNDS:]
 
 
 @pytest.fixture(scope="module")
 def story(cohort: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     place = tmp_path_factory.mktemp("egress")
-    study = write_study(place / "terms", quorum=2)
+    study = write_study(place / "terms", quorum=2, metrics={"noise_multiplier": 2.0, "bins": 6})
+    policy = {"max_epsilon": 6.0, "delta": 1e-5, "min_metrics_noise": 2.0}
     east = generate()
     folder = make_folder(place / "study", study, {"east": east})
     reached = place / "reached"
@@ -97,7 +104,7 @@ def story(cohort: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         server_of(folder) as server,
         Recorder(folder.terms.port, folder.certificate, folder.key, folder.authority) as recorder,
     ):
-        files = {"study": str(folder.path / "study.yaml")}
+        files = {"study": str(folder.path / "study.yaml"), "policy": policy}
         path = write_site(
             place, cohort["north"], {"address": f"localhost:{recorder.port}", "ca": str(folder.authority)}, **files
         )
@@ -134,17 +141,19 @@ def story(cohort: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         offline += taken()
 
         def answer(request: Request) -> Reply | None:
-            """East answers but in the last round, which so stays open."""
-            if request.header.round_number == ROUNDS:
+            """East answers every round once, and is silent when asked for metrics: so the server goes on waiting."""
+            if request.header.round_number in answered:
                 return None
+            answered.add(request.header.round_number)
             return Reply(request.header, Status.OK, {name: 0 * array for name, array in request.weights.items()})
 
+        answered: set[int] = set()
         run = [sys.executable, "-m", "wardround", "client", "run", str(path)]
         with (place / "out").open("wb") as out:
             client = subprocess.Popen(run, cwd=place, env=environment, stdout=out, stderr=out)
         try:
             with others.Hospital(server.address, east, answer, folder.authority):
-                wait_until(lambda: _complete(recorder, ROUNDS) or client.poll() is not None, 240)
+                wait_until(lambda: _complete(recorder, ROUNDS + 1) or client.poll() is not None, 240)
             client.send_signal(signal.SIGTERM)
             assert client.wait(60) == 0, (place / "out").read_text()
         finally:
@@ -249,6 +258,18 @@ def test_each_round_is_one_reply_of_the_same_size(story: Story) -> None:
     assert len(sizes) == ROUNDS
     assert sizes[0] == sizes[1] == sizes[2]
     assert [dict(reply.fields()["reply"])["round"] for reply in story.replies] == [1, 2, 3]
+
+
+def test_metrics_are_one_reply_of_noised_numbers(story: Story) -> None:
+    """Asked once, answered once: a histogram of the study's form, none of whose numbers is a count."""
+    (reply,) = story.metrics
+    fields = reply.fields()
+    assert [name for name, _ in fields["metrics"]] == ["histogram"]
+    assert "update" not in fields
+    ((_, cells),) = fields["ArrayChunk"]
+    assert (cells.shape, cells.dtype) == ((2, 6), np.float32)
+    assert (cells != np.round(cells * 12) / 12).all()  # with up to four records a patient, counts are twelfths
+    assert dict(fields["reply"])["status"] == "OK"
 
 
 # Named by chance, by time or by the ledger; and the update itself with everything that is named after its hash.

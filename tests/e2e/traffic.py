@@ -216,11 +216,12 @@ class Pushed:
         found["RecordDict"] = sorted(records.items())
         _, body = part(records["reply"], "ConfigRecord")
         found["reply"] = _values(body)
-        for name, array in _names(part(records["update"], "ArrayRecord")[1]) if "update" in records else ():
+        arrays = next((name for name in ("update", "metrics") if name in records), "")
+        for name, array in _names(part(records[arrays], "ArrayRecord")[1]) if arrays else ():
             chunks, body = part(array, "Array")
             described = json.loads(body)
             assert json.dumps(described).encode() == body
-            found.setdefault("update", []).append((name, array))
+            found.setdefault(arrays, []).append((name, array))
             found.setdefault("Array", []).extend(described.items())
             data = b"".join(part(chunks[index], "ArrayChunk")[1] for index in described["arraychunk_ids"])
             found.setdefault("ArrayChunk", []).append((name, _numbers(data, described)))

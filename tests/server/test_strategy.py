@@ -10,6 +10,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 
 from common.models.network import build_network
 from common.provenance import code_digest
@@ -21,8 +22,10 @@ from server.participation import QuorumError
 from server.rounds import RoundRecord, run
 from server.strategy import FederatedAveraging
 from tests.small import SITE_NODES, identify, small_study
+from tests.small import message as message_of
 
 STUDY = small_study()
+TELLING = small_study(metrics={"noise_multiplier": 2.0})
 START = state_of(build_network(STUDY, 1))
 Answer = Callable[[str, Request], RecordDict | None]
 
@@ -270,11 +273,58 @@ def test_the_roster_is_asked_for_once_a_round() -> None:
 
 
 def test_nothing_is_evaluated_at_a_site() -> None:
-    """No message asks for metrics, and replies to such a message are not looked at."""
+    """A study without metrics: no message asks for any, and replies to such a message are not looked at."""
     strategy = strategy_of()
     assert list(strategy.configure_evaluate(1, ArrayRecord(), ConfigRecord(), ScriptedGrid(honest))) == []
     assert strategy.aggregate_evaluate(1, []) is None
     strategy.summary()
+
+
+def test_metrics_are_asked_for_after_the_last_round_alone() -> None:
+    """With metrics in the study: no question after any other round, one EVALUATE a site after the last."""
+    strategy = strategy_of(TELLING)
+    rounds = TELLING.training.rounds
+    for number in range(1, rounds):
+        assert list(strategy.configure_evaluate(number, ArrayRecord(), ConfigRecord(), ScriptedGrid(honest))) == []
+    asked = list(strategy.configure_evaluate(rounds, ArrayRecord(), ConfigRecord(), ScriptedGrid(honest)))
+    assert [(one.metadata.message_type, one.metadata.dst_node_id) for one in asked] == [
+        ("evaluate", 3),
+        ("evaluate", 2),
+    ]
+    found = request_from_message(asked[0])
+    assert found.header.round_number == rounds
+    assert all((found.weights[name] == START[name]).all() for name in START)
+
+
+def histogram_reply(node: int, cells: NDArray[np.float32], status: Status = Status.OK) -> Message:
+    """What a site answers to the question for metrics."""
+    header = Header(TELLING.digest(), code_digest(), TELLING.training.rounds)
+    update = {"histogram": cells} if status is Status.OK else None
+    asked = message_of(RecordDict({"any": ConfigRecord({})}), node=node, kind=MessageType.EVALUATE)
+    return Message(reply_to_content(Reply(header, status, update, "b" * 64), MessageType.EVALUATE), reply_to=asked)
+
+
+def test_histograms_of_another_form_or_size_count_as_refused() -> None:
+    """Another shape, NaN, or more than ten times the declared patients: a word, and the other site counts."""
+    good = np.ones((2, 10), np.float32)
+    for bad in (np.ones((2, 9), np.float32), np.full((2, 10), np.nan, np.float32), good * 1e4):
+        strategy = strategy_of(TELLING)
+        rounds = TELLING.training.rounds
+        list(strategy.configure_evaluate(rounds, ArrayRecord(), ConfigRecord(), ScriptedGrid(honest)))
+        strategy.aggregate_evaluate(rounds, [histogram_reply(2, good), histogram_reply(3, bad)])
+        assert strategy.replies.updates.keys() == {"north"}
+        assert strategy.replies.refused.keys() == {"east"}
+        assert strategy.heads == {"north": "b" * 64, "east": "b" * 64}
+
+
+def test_a_site_that_tells_no_metrics_is_named_with_its_word() -> None:
+    """POLICY is a reason like any other; weights and optimizer are as they were."""
+    strategy = strategy_of(TELLING)
+    rounds = TELLING.training.rounds
+    list(strategy.configure_evaluate(rounds, ArrayRecord(), ConfigRecord(), ScriptedGrid(honest)))
+    strategy.aggregate_evaluate(rounds, [histogram_reply(2, np.zeros((2, 10), np.float32), Status.POLICY)])
+    assert strategy.replies.refused == {"north": "POLICY", "east": "no reply"}
+    assert strategy.weights is START
 
 
 def test_a_head_goes_back_to_its_site_with_the_next_request() -> None:
