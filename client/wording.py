@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dp_accounting import pld
 
-from common.privacy.accounting import COARSE, epsilon_of, event
+from common.privacy.accounting import COARSE, Steps, epsilon_of_history, event
 from common.privacy.plan import Plan
 
 if TYPE_CHECKING:
@@ -15,24 +15,28 @@ if TYPE_CHECKING:
     from common.study import Study
 
 
-def best_guess(plan: Plan) -> float:
+def best_guess(*plans: Plan) -> float:
     """How often the best guess is right whether one given patient is among the records; a coin is right half the time.
 
-    The guesser sees all that a whole plan releases and knows all but this. With P and Q the releases with and without
-    the patient, and both as likely beforehand, the best test is right with chance (1 + TV(P, Q)) / 2, and TV is delta
-    at epsilon 0 (Dong, Roth and Su 2022, section 2), here by PLD, pessimistically; or what (epsilon, delta) alone
-    allows, (e^epsilon + delta) / (e^epsilon + 1) (Kairouz, Oh and Viswanath 2015, theorem 2.1), where that is less.
+    The guesser sees all that one study's plans release, whole, and knows all but this. With P and Q the releases with
+    and without the patient, and both as likely beforehand, the best test is right with chance (1 + TV(P, Q)) / 2, and
+    TV is delta at epsilon 0 (Dong, Roth and Su 2022, section 2), here by PLD, pessimistically; or what (epsilon, delta)
+    alone allows, (e^epsilon + delta) / (e^epsilon + 1) (Kairouz, Oh and Viswanath 2015, theorem 2.1), where that is
+    less.
 
     Guarantee:
         Never below the true chance.
     """
-    epsilon = epsilon_of(plan)
-    bound = (1 + plan.delta * math.exp(-epsilon)) / (1 + math.exp(-epsilon)) if math.isfinite(epsilon) else 1.0
-    if plan.noise_multiplier == 0:
-        return bound
+    delta = min(plan.delta for plan in plans)
+    steps = [Steps(plan.sampling_rate, plan.noise_multiplier, plan.priced_steps) for plan in plans]
+    epsilon = epsilon_of_history(steps, delta)
+    if not math.isfinite(epsilon):
+        return 1.0
+    bound = (1 + delta * math.exp(-epsilon)) / (1 + math.exp(-epsilon))
     try:
         accountant = pld.PLDAccountant(value_discretization_interval=COARSE)
-        accountant.compose(event(plan.sampling_rate, plan.noise_multiplier, plan.priced_steps))
+        for one in steps:
+            accountant.compose(event(*one))
         distance = float(accountant.get_delta(0.0))
     except (ArithmeticError, ValueError, MemoryError):
         return bound
@@ -51,7 +55,9 @@ def terms_in_words(study: Study, site: SiteFile, weights: int) -> str:
     declared = study.sites[site.site].declared_patients
     others = [f"{name} ({terms.declared_patients})" for name, terms in study.sites.items() if name != site.site]
     network = "logistic regression" if study.model.cell == "none" else f"a {study.model.cell.upper()} network"
-    right = math.ceil(100 * best_guess(plan))
+    metrics = study.metrics_plan() if site.policy.allows_metrics(study) else None
+    price = study.epsilon(with_metrics=metrics is not None)
+    right = math.ceil(100 * (best_guess(plan) if metrics is None else best_guess(plan, metrics)))
     told = metrics_in_words(study, site)
     q, clip, sigma = plan.sampling_rate, plan.clip, plan.noise_multiplier
     return f"""\
@@ -60,7 +66,7 @@ Study {study.name} predicts `{study.task.name}` with {network} of {weights:,} we
 Taking part: {site.site}, this hospital, which publishes that it has about {declared} patients;
 {", ".join(others) if others else "no other"}. A round counts if at least {study.quorum} answer.
 
-Price: epsilon {epsilon_of(plan):.3g} at delta {plan.delta:g} for each patient, for the whole study. This hospital
+Price: epsilon {price:.3g} at delta {plan.delta:g} for each patient, for the whole study. This hospital
 allows {site.policy.max_epsilon:g} at {site.policy.delta:g} for a lifetime of studies. All of it is charged with the
 first round, also if the study stops early.
 {told}
@@ -96,6 +102,7 @@ Metrics: the study would ask once for how the final weights score held-out patie
 """
     return f"""
 Metrics: once, after the last round, this hospital also tells how the weights score its held-out patients:
-{cells} counts of patients by label and score, each with noise of {noise:g} patients. With them the price for
-the whole study is epsilon {study.epsilon(with_metrics=True):.3g}; the guess below is about the training alone.
+{cells} counts of patients by label and score, each with noise of {noise:g} patients. Price and guess here
+are those of training and metrics together; training alone is epsilon {study.epsilon(with_metrics=False):.3g}, and the
+rest is charged when the metrics are told.
 """

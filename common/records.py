@@ -84,7 +84,8 @@ def request_to_content(request: Request) -> RecordDict:
 
 def request_from_message(message: Message) -> Request:
     """Decode a TRAIN or EVALUATE message. Raises WireError without echoing what was sent."""
-    _answered_by(message)
+    if message.metadata.message_type not in ANSWERED_BY:
+        raise WireError(f"message type must be {' or '.join(ANSWERED_BY)}")
     content = _content(message, {"weights", "request"})
     terms, rest = _terms(content, "request", {"head"})
     return Request(terms, _weights(content, "weights"), _head(rest))
@@ -102,7 +103,7 @@ def reply_from_message(message: Message) -> Reply:
     """Decode a site's answer. Raises WireError without echoing what was sent."""
     if message.has_error():
         raise WireError(f"the connection reported error code {message.error.code} instead of a reply")
-    arrays = _answered_by(message)
+    arrays = ANSWERED_BY.get(message.metadata.message_type, "no arrays")
     answered = message.has_content() and arrays in message.content
     content = _content(message, {"reply", arrays} if answered else {"reply"})
     terms, rest = _terms(content, "reply", {"status", "head"})
@@ -123,14 +124,6 @@ def check_like(weights: Weights, expected: Weights, what: str) -> None:
             raise WireError(f"{what}: `{name}` differs from {expected[name].dtype} of shape {expected[name].shape}")
         if not np.isfinite(array).all():
             raise WireError(f"{what}: `{name}` has non-finite values")
-
-
-def _answered_by(message: Message) -> str:
-    """Name of the arrays that answer a message of this type. Raises WireError: there is no such question."""
-    kind = message.metadata.message_type
-    if kind not in ANSWERED_BY:
-        raise WireError(f"message type must be {' or '.join(ANSWERED_BY)}")
-    return ANSWERED_BY[kind]
 
 
 def _arrays(weights: Weights) -> ArrayRecord:

@@ -101,7 +101,7 @@ def told(cohort: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def test_the_sum_is_the_hospitals_histograms_and_their_noise(told: Told, cohort: dict[str, Path]) -> None:
-    """Final weights on the held-out patients of the one that told: what was published differs from it by noise alone."""
+    """Final weights on the held-out patients of the one that told: what was published differs by noise alone."""
     study = told.study
     assert study.metrics is not None
     network = build_network(study)
@@ -167,7 +167,7 @@ def test_the_hospital_that_does_not_tell_trained_and_told_nothing(told: Told) ->
 
 def test_people_are_told_before_and_after(told: Told) -> None:
     """The terms name what metrics cost and tell; the end of the run and `server status` show the estimates."""
-    price = f"the whole study is epsilon {told.study.epsilon(with_metrics=True):.3g}"
+    price = f"Price: epsilon {told.study.epsilon(with_metrics=True):.3g} at delta"
     for site in TELLING:
         assert "12 counts of patients by label and score, each with noise of 2 patients" in told.enrolments[site]
         assert price in told.enrolments[site]
