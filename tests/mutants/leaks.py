@@ -43,6 +43,45 @@ MUTANTS = (
         tests=(SAME_REPLY,),
     ),
     Mutant(
+        name="metrics-without-noise",
+        mistake="The score histogram that metrics follow from is sent as it was counted",
+        source="federated evaluation as Flower, NVFlare and FL4Health have it: exact counts or scores of each site",
+        severity="medium",
+        prevention="the step's noise in every cell, charged before a score exists",
+        changes=(
+            Change(
+                "client/scoring.py",
+                "noised = randomness.add_noise(counted.ravel(), plan.clip, plan.noise_multiplier)",
+                "noised = counted.ravel()",
+            ),
+        ),
+        tests=("client/test_scoring.py::test_the_noise_is_the_steps_and_in_every_cell",),
+    ),
+    Mutant(
+        name="metrics-count-records",
+        mistake="A patient with many records counts many times in a histogram whose noise is for one",
+        source="one line away",
+        severity="high",
+        prevention="a patient's records share a weight of one",
+        changes=(Change("common/score_histogram.py", "UNITS // sequences[patient]", "UNITS"),),
+        tests=("common/test_score_histogram.py::test_removing_any_patient_moves_it_by_at_most_the_bound",),
+    ),
+    Mutant(
+        name="metrics-scored-together",
+        mistake="Held-out patients are scored in one batch: chosen weights let one patient move the others' scores",
+        source="one line away; every framework's `predict`",
+        severity="medium",
+        prevention="each patient is scored alone",
+        changes=(
+            Change(
+                "client/scoring.py",
+                "    for patient in range(dataset.n_patients):\n        batch = dataset.batch(np.array([patient]))\n",
+                "    for _ in range(1):\n        batch = dataset.batch(np.arange(dataset.n_patients))\n",
+            ),
+        ),
+        tests=("client/test_scoring.py::test_a_patients_score_does_not_depend_on_the_others",),
+    ),
+    Mutant(
         name="weight-from-the-reply",
         mistake="A site's weight in the average follows from its update",
         source="FedAvg as published; loss-weighted averaging",
