@@ -84,6 +84,7 @@ def test_the_numbers_are_the_ledgers(state: Path) -> None:
     first, second = found["studies"]
     assert first == {
         "study": STUDY,
+        "part": "training",
         "name": None,
         "cohort": "all",
         "sampling_rate": 0.1,
@@ -107,6 +108,7 @@ def test_the_numbers_are_the_ledgers(state: Path) -> None:
             "delta": DELTA,
             "order": order,
             "plans": 2,
+            "studies": 2,
             "charged": total,
             "left": CAP - total,
         }

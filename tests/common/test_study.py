@@ -65,6 +65,9 @@ def study(changes: dict[str, Any] | None = None) -> Study:
         ({"privacy.epsilon": math.inf}, ("privacy.epsilon", "finite", "got inf")),
         ({"privacy.epsilon": math.nan}, ("privacy.epsilon", "finite", "got nan")),
         ({"privacy.epsilon": True}, ("privacy.epsilon", "got True")),
+        ({"metrics": {"noise_multiplier": 0}}, ("metrics.noise_multiplier", "greater than or equal to 0.25", "got 0")),
+        ({"metrics": {"noise_multiplier": 5, "bins": 3}}, ("metrics.bins", "greater than or equal to 4", "got 3")),
+        ({"metrics": {"bins": 10}}, ("metrics.noise_multiplier", "is missing")),
         ({"privacy.delta": 0}, ("privacy.delta", "greater than 0", "got 0")),
         ({"privacy.delta": 1}, ("privacy.delta", "less than 1", "got 1")),
         ({"privacy.delta": 0.00025}, ("privacy.delta = 0.00025", "< 0.00025", "largest site `north` (4000)", "lower")),
@@ -125,6 +128,16 @@ def test_epsilon_must_be_written() -> None:
     assert study({"privacy.epsilon": None}).plan().noise_multiplier == 0
 
 
+def test_metrics_are_a_plan_of_one_step_on_everybody() -> None:
+    """Held-out patients are scored once, all of them, at the study's noise and delta, with no spare; or not at all."""
+    asked = study({"metrics": {"noise_multiplier": 5.0}})
+    assert asked.metrics_plan() == Plan(1.0, 5.0, 1.0, asked.privacy.delta, 1, 0)
+    assert study().metrics_plan() is None
+    assert asked.plan() == study().plan()
+    assert asked.digest() != study().digest()
+    assert study().epsilon(with_metrics=True) == study().epsilon(with_metrics=False) == epsilon_of(study().plan())
+
+
 @given(sizes=st.lists(st.integers(2, 10**6), min_size=1, max_size=5), delta=st.floats(1e-9, 0.9))
 @settings(deadline=None, max_examples=50)
 def test_delta_lies_below_one_over_every_cohort(sizes: list[int], delta: float) -> None:
@@ -146,7 +159,13 @@ def leaves(terms: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int
     return [leaf for key, value in inside for leaf in leaves(value, (*path, key))]
 
 
-WHOLE = study({"records.bin_hours": 2.0, "training.recipe": "fedavg-local"}).model_dump(mode="json")
+WHOLE = study(
+    {
+        "records.bin_hours": 2.0,
+        "training.recipe": "fedavg-local",
+        "metrics": {"noise_multiplier": 5.0, "bins": 10},
+    }
+).model_dump(mode="json")
 LEAVES = leaves(WHOLE)
 words = st.sampled_from(
     [
