@@ -150,10 +150,9 @@ class Site:
         return self._reply(request, self._metrics)
 
     def _reply(self, request: Request, part: Part | None) -> Reply:
+        number = request.header.round_number
         status, update = self._answer(request, part)
-        return Reply(
-            Header(self._digest, code_digest(), request.header.round_number), status, update, self.ledger.head()
-        )
+        return Reply(Header(self._digest, code_digest(), number), status, update, self.ledger.head())
 
     def _answer(self, request: Request, part: Part | None) -> tuple[Status, Weights | None]:
         """The status and, with OK, the update. `part`: None is one that the study does not have."""
