@@ -81,6 +81,23 @@ def test_a_request_and_its_reply_arrive_as_they_were_sent(coordinator: Coordinat
     assert all((sent.update[name] == WEIGHTS[name]).all() for name in WEIGHTS)
 
 
+def test_a_question_for_metrics_and_its_answer_arrive_as_they_were_sent(coordinator: Coordinator, fleet: Fleet) -> None:
+    """EVALUATE comes in within the same limit, and an answer of its own form goes out."""
+    offer = coordinator.offer(request_to_content(REQUEST), MessageType.EVALUATE)
+    incoming = offered(coordinator, fleet, offer)
+    assert incoming.fault is None
+    assert incoming.message.metadata.message_type == MessageType.EVALUATE
+    assert request_from_message(incoming.message).header == REQUEST.header
+    told = {"histogram": np.arange(8, dtype=np.float32).reshape(2, 4)}
+    content = reply_to_content(Reply(REQUEST.header, Status.OK, told), MessageType.EVALUATE)
+    assert fleet.push(Message(content, reply_to=incoming.message), incoming.message)
+    sent = coordinator.replies.get(timeout=10)
+    assert set(sent.content) == {"reply", "metrics"}
+    found = reply_from_message(sent).update
+    assert found is not None
+    assert np.array_equal(found["histogram"], told["histogram"])
+
+
 def test_a_reply_tells_neither_this_machines_clock_nor_how_long_training_took(
     coordinator: Coordinator, fleet: Fleet
 ) -> None:

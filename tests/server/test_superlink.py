@@ -215,6 +215,24 @@ def test_a_message_reaches_its_site_and_the_reply_comes_back(study: Study) -> No
     assert study.link.replies([name]) == {}
 
 
+def test_a_question_for_metrics_goes_the_same_way(study: Study) -> None:
+    """EVALUATE reaches the site as such, and its answer comes back with `metrics` in the place of an update."""
+    north = study.connect("north")
+    asked = request_to_content(Request(HEADER, WEIGHTS))
+    sent = Message(asked, dst_node_id=study.node("north"), message_type=MessageType.EVALUATE)
+    name = study.link.push(sent, 60.0)
+    message = received(north)
+    assert message.metadata.message_type == MessageType.EVALUATE
+    told = reply_to_content(Reply(HEADER, Status.OK, {"histogram": WEIGHTS["w"]}), MessageType.EVALUATE)
+    assert set(told) == {"reply", "metrics"}
+    assert all(north.push(Message(told, reply_to=message)))
+    reply = study.link.replies([name])[name]
+    assert reply is not None
+    found = reply_from_message(reply)
+    assert found.update is not None
+    assert np.array_equal(found.update["histogram"], WEIGHTS["w"])
+
+
 def test_a_reply_counts_when_its_last_object_is_there(study: Study) -> None:
     """An announcement alone is no reply, nor is all but one object."""
     north = study.connect("north")
