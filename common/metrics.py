@@ -15,7 +15,7 @@ Decisions a reader may question:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,8 @@ from common.errors import ConfigurationError, DataError
 FloatArray = npt.NDArray[np.float64]
 Metric = Callable[[FloatArray, FloatArray, FloatArray], float]
 """A metric that `bootstrap` can resample: (label [N], score [N], weight [N]) -> number."""
+Metrics = Callable[[FloatArray, FloatArray, FloatArray], Sequence[float]]
+"""Several numbers of the same rows at once, such as `calibration`, for `bootstrap_all`."""
 
 PROBABILITY_FLOOR = 1e-7  # a float32 sigmoid saturates at 0 or 1; its logit is then taken at this distance
 DEFINED_SHARE = 0.9  # an interval from fewer defined resamples than this would describe another population
@@ -139,6 +141,46 @@ def in_the_large(label: npt.ArrayLike, probability: npt.ArrayLike, weight: npt.A
     return float(shift)
 
 
+def recalibrate(probability: npt.ArrayLike, by: Calibration) -> FloatArray:
+    """Probabilities [N] after the logistic recalibration `by`; a positive slope keeps their order.
+
+    Raises:
+        DataError: probabilities outside [0, 1].
+    """
+    logit = by.intercept + by.slope * _logit(np.asarray(probability, dtype=np.float64))
+    recalibrated: FloatArray = 0.5 * (1 + np.tanh(logit / 2))
+    return recalibrated
+
+
+def net_benefit(
+    label: npt.ArrayLike, probability: npt.ArrayLike, threshold: float, weight: npt.ArrayLike | None = None
+) -> float:
+    """Net benefit of treating whoever has a risk of `threshold` or more: true positives less weighted false ones.
+
+    Whoever treats at a risk of 10 % accepts nine treated in vain for one in need, so a false positive costs 1/9 of a
+    true one: TP/n - FP/n * threshold / (1 - threshold). Treating nobody has net benefit 0. Labels of one class are
+    allowed.
+
+    Args:
+        label: 0/1 or boolean, [N].
+        probability: predicted P(label = 1), [N]; all ones is the net benefit of treating everybody.
+        threshold: in (0, 1).
+        weight: How often each row counts, [N], >= 0; None counts each once.
+
+    Raises:
+        DataError: probabilities outside [0, 1], or arrays that do not fit together.
+        ConfigurationError: a threshold that cannot be.
+
+    Source: Vickers and Elkin, Medical Decision Making 26 (2006), decision curve analysis.
+    """
+    if not 0 < threshold < 1:
+        raise ConfigurationError(f"threshold={threshold} must lie between 0 and 1")
+    label, probability, weight = _checked(label, probability, weight)
+    _check_probability(probability)
+    gained = np.where(label == 1, 1.0, -threshold / (1 - threshold))
+    return float(weight @ (gained * (probability >= threshold)) / weight.sum())
+
+
 def bootstrap(
     metric: Metric,
     patient: npt.ArrayLike,
@@ -146,6 +188,7 @@ def bootstrap(
     score: npt.ArrayLike,
     *,
     seed: int,
+    weight: npt.ArrayLike | None = None,
     resamples: int = 1000,
     level: float = 0.95,
 ) -> Interval:
@@ -165,6 +208,8 @@ def bootstrap(
         label: 0/1 or boolean, [N].
         score: Score or probability, as the metric wants it, [N].
         seed: Makes the interval reproducible; it protects nothing, a metric is not a private release.
+        weight: How much each row counts, [N], >= 0, such as one over the number of its patient's rows, which makes
+            every patient count once; None counts each row once.
         resamples: Number of draws.
         level: Coverage, in (0, 1).
 
@@ -176,26 +221,51 @@ def bootstrap(
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), ch. 13 (percentile interval);
     Field and Welsh, J. R. Stat. Soc. B 69 (2007) (clusters).
     """
+    (found,) = bootstrap_all(
+        lambda *rows: (metric(*rows),),
+        patient,
+        label,
+        score,
+        seed=seed,
+        weight=weight,
+        resamples=resamples,
+        level=level,
+    )
+    return found
+
+
+def bootstrap_all(
+    metrics: Metrics,
+    patient: npt.ArrayLike,
+    label: npt.ArrayLike,
+    score: npt.ArrayLike,
+    *,
+    seed: int,
+    weight: npt.ArrayLike | None = None,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> tuple[Interval, ...]:
+    """`bootstrap` of several numbers on the same draws; a draw counts if all of them are defined on it."""
     if resamples < 1:
         raise ConfigurationError(f"resamples={resamples} must be at least 1; 1000 is customary")
     if not 0 < level < 1:
         raise ConfigurationError(f"level={level} must lie between 0 and 1; 0.95 is customary")
-    label, score, once = _checked(label, score, None)
+    label, score, weight = _checked(label, score, weight)
     identifiers = np.asarray(patient)
     if identifiers.shape != label.shape:
         raise DataError("patient and label must be equally long; give one patient per row")
-    value = metric(label, score, once)
+    values = metrics(label, score, weight)
 
     order = np.argsort(score, kind="stable")
-    label, score = label[order], score[order]
+    label, score, weight = label[order], score[order], weight[order]
     distinct, owner = np.unique(identifiers[order], return_inverse=True)
     patients = len(distinct)
     random = np.random.default_rng(seed)
-    drawn: list[float] = []
+    drawn: list[Sequence[float]] = []
     for _ in range(resamples):
         times = np.bincount(random.integers(0, patients, patients), minlength=patients).astype(np.float64)
         try:
-            drawn.append(metric(label, score, times[owner]))
+            drawn.append(metrics(label, score, weight * times[owner]))
         except DataError:
             continue
     if len(drawn) < DEFINED_SHARE * resamples:
@@ -203,8 +273,8 @@ def bootstrap(
             f"the metric is undefined on more than {1 - DEFINED_SHARE:.0%} of {resamples} resamples; "
             "there are too few patients with one of the labels for an interval: report the value alone"
         )
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(value), float(low), float(high))
+    low, high = np.quantile(np.array(drawn), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return tuple(Interval(*map(float, one)) for one in zip(values, low, high, strict=True))
 
 
 def _checked(

@@ -23,26 +23,15 @@ from typing import Any
 
 from common.errors import ConfigurationError, DataError
 from common.privacy.plan import Plan
+from common.scores import MIN_EVENTS as MIN_EVENTS
+from common.scores import Bin as Bin
+from common.scores import CalibrationRow as CalibrationRow
+from common.scores import Estimate as Estimate
 
 VERSION = 1
 JOBS, ROWS = "jobs.json", "rows"  # in a sweep's folder (simulations/sweep_folder.py): names of rows in order, and rows
 POOLED = "pooled"  # the `site` of all held-out patients together
-MIN_EVENTS = 10
 Setting = str | int | float | bool | None
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A metric on held-out patients with its 95 % interval over resampled patients.
-
-    Attributes:
-        value: None where it is undefined (labels of one class).
-        low, high: None where the patients are too few for an interval.
-    """
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,30 +54,6 @@ class SiteRow:
     auprc: Estimate
     brier: Estimate
     best_possible: float | None = None
-
-
-@dataclass(frozen=True)
-class Bin:
-    """A calibration bin: equally many held-out sequences of neighbouring predicted risk.
-
-    `low` and `high` are Wilson's 95 % interval of `observed`; `positives / sequences` is `observed`.
-    """
-
-    sequences: int
-    predicted: float
-    observed: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class CalibrationRow:
-    """Calibration on all held-out patients; slope and intercept are None where they have no value (see metrics)."""
-
-    bins: tuple[Bin, ...]
-    slope: float | None
-    intercept: float | None
-    in_the_large: float | None
 
 
 @dataclass(frozen=True)

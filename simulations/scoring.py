@@ -6,55 +6,28 @@ flows back into training.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Self
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 from torch import nn
 
-from common import metrics
-from common.errors import ConfigurationError, DataError
-from common.schema import FeatureSchema, NumericFeature
+from common import metrics, scores
+from common.errors import DataError
+from common.groups import Grouping as Grouping
+from common.groups import check_groupings as check_groupings
+from common.groups import members
+from common.schema import FeatureSchema
+from common.scores import estimate
 from common.sequences import Sequences
 from common.study import Study
-from common.terms import Terms
 from common.training import predict
 from simulations.cohort import best_possible, read_truth, true_tasks
 from simulations.hospitals import HELD_OUT, Hospitals
 from simulations.meds_folder import TRUTH
-from simulations.rows import MIN_EVENTS, POOLED, Bin, CalibrationRow, Estimate, SiteRow, Subgroup
-
-BINS, LEAST_IN_BIN = 10, 20
-WILSON_Z = 1.96
-
-
-class Grouping(Terms):
-    """How held-out patients fall into groups: by a static column of the schema, or by codes of the record.
-
-    static: column name; with `bands` (their inner bounds, in the static's unit) or `levels` (group -> number).
-    codes: group -> code that stands in the record.
-
-    A static that was never recorded lies at the schema's centre and is counted there.
-    """
-
-    static: str | None = None
-    bands: tuple[float, ...] = ()
-    levels: dict[str, float] = Field(default_factory=dict)
-    codes: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Self:
-        if sum(map(bool, (self.bands, self.levels, self.codes))) != 1 or (self.static is None) != bool(self.codes):
-            raise ValueError("give `static` with one of `bands` and `levels`, or `codes` alone")
-        if list(self.bands) != sorted(set(self.bands)):
-            raise ValueError("bands must rise")
-        return self
+from simulations.rows import MIN_EVENTS, POOLED, CalibrationRow, SiteRow, Subgroup
 
 
 class HeldOut:
@@ -115,9 +88,9 @@ def score_sites(
                 patients=len(np.unique(patient)),
                 sequences=len(label),
                 positives=int(label.sum()),
-                auroc=_estimate(metrics.auroc, patient, label, risk, resamples),
-                auprc=_estimate(metrics.auprc, patient, label, risk, resamples),
-                brier=_estimate(metrics.brier, patient, label, risk, resamples),
+                auroc=estimate(metrics.auroc, patient, label, risk, resamples),
+                auprc=estimate(metrics.auprc, patient, label, risk, resamples),
+                brier=estimate(metrics.brier, patient, label, risk, resamples),
                 best_possible=held_out.best_possible(site),
             )
         )
@@ -125,16 +98,8 @@ def score_sites(
 
 
 def calibrate(held_out: HeldOut, probability: NDArray[np.float64]) -> CalibrationRow:
-    """Calibration on all held-out patients; equal predictions share a bin, so that there may be fewer than BINS.
-
-    Wilson's interval takes sequences as independent: too narrow where patients have several.
-    """
-    label = held_out.label.astype(np.float64)
-    wanted = max(1, min(BINS, len(label) // LEAST_IN_BIN))
-    edges = np.quantile(probability, np.arange(1, wanted) / wanted)
-    place = np.searchsorted(edges, probability, side="left")
-    bins = tuple(_bin(label[place == b], probability[place == b]) for b in np.unique(place))
-    return CalibrationRow(bins, *_recalibrated(label, probability))
+    """Calibration on all held-out patients, see `common.scores.calibrate`."""
+    return scores.calibrate(held_out.label, probability)
 
 
 def score_subgroups(
@@ -147,106 +112,15 @@ def score_subgroups(
     """AUROC of each group of held-out patients, all sites together; groups with few events are masked."""
     found = []
     for attribute, grouping in groupings.items():
-        for group, mine in _members(schema, grouping, held_out.sequences).items():
+        for group, mine in members(schema, grouping, held_out.sequences).items():
             patient, label = held_out.patient[mine], held_out.label[mine]
             events = int(label.sum())
             if min(events, len(label) - events) < MIN_EVENTS:
                 found.append(Subgroup(attribute, group, None, None, None))
                 continue
-            auroc = _estimate(metrics.auroc, patient, label, probability[mine], resamples)
+            auroc = estimate(metrics.auroc, patient, label, probability[mine], resamples)
             found.append(Subgroup(attribute, group, len(np.unique(patient)), events, auroc))
     return tuple(found)
-
-
-def check_groupings(schema: FeatureSchema, groupings: Mapping[str, Grouping], where: str) -> None:
-    """Refuse a grouping by what the schema does not read. Raises ConfigurationError."""
-    for attribute, grouping in groupings.items():
-        if grouping.static is not None and grouping.static not in schema.static_columns:
-            known = ", ".join(schema.static_columns) or "none"
-            raise ConfigurationError(
-                f"{where}: subgroups.{attribute}.static = {grouping.static}: the static columns of {schema.name} are "
-                f"{known}"
-            )
-        unknown = sorted(set(grouping.codes.values()) - set(schema.codes))
-        if unknown:
-            raise ConfigurationError(f"{where}: subgroups.{attribute}.codes: {unknown[0]} is not listed in the schema")
-
-
-def _members(schema: FeatureSchema, grouping: Grouping, parts: list[Sequences]) -> dict[str, NDArray[np.bool_]]:
-    """Group -> which sequences [S] are in it."""
-    if grouping.codes:
-        return {name: _with_code(schema.codes.index(code), parts) for name, code in grouping.codes.items()}
-    assert grouping.static is not None
-    column = schema.static_columns.index(grouping.static)
-    number = np.concatenate([part.statics[:, column] for part in parts]).astype(np.float64)
-    feature = schema.statics.get(grouping.static)
-    if isinstance(feature, NumericFeature):
-        number = number * feature.scale + feature.centre
-        number = np.expm1(number) if feature.log else number
-    if grouping.levels:
-        return {name: np.isclose(number, level, atol=1e-3) for name, level in grouping.levels.items()}
-    bounds = (-math.inf, *grouping.bands, math.inf)
-    return {
-        # Scaled in float32, 60 may come back as 59.9999.
-        _band(low, high): (number >= low - 1e-3) & (number < high - 1e-3)
-        for low, high in itertools.pairwise(bounds)
-    }
-
-
-def _band(low: float, high: float) -> str:
-    if math.isinf(low):
-        return f"< {high:g}"
-    return f">= {low:g}" if math.isinf(high) else f"{low:g} to < {high:g}"
-
-
-def _with_code(index: int, parts: list[Sequences]) -> NDArray[np.bool_]:
-    """Whether each sequence has the code in one of its steps, [S]."""
-    found = []
-    for part in parts:
-        before = np.concatenate([[0], np.cumsum(part.codes == index)])
-        bounds = before[part.code_start[part.start]]
-        found.append(np.diff(bounds) > 0)
-    return np.concatenate(found)
-
-
-def _estimate(
-    metric: metrics.Metric,
-    patient: NDArray[np.int64],
-    label: NDArray[np.float32],
-    probability: NDArray[np.float64],
-    resamples: int,
-) -> Estimate:
-    """A metric with its interval, or as much of it as exists: a small site is no reason to stop."""
-    try:
-        return Estimate(*metrics.bootstrap(metric, patient, label, probability, resamples=resamples, seed=0))
-    except DataError:
-        once = np.ones(len(label))
-        try:
-            return Estimate(metric(label.astype(np.float64), probability, once))
-        except DataError:
-            return Estimate(None)
-
-
-def _recalibrated(
-    label: NDArray[np.float64], probability: NDArray[np.float64]
-) -> tuple[float | None, float | None, float | None]:
-    """Slope, intercept and calibration in the large, as far as they exist."""
-    try:
-        large = metrics.in_the_large(label, probability)
-    except DataError:
-        return None, None, None
-    try:
-        return *metrics.calibration(label, probability), large
-    except DataError:
-        return None, None, large
-
-
-def _bin(label: NDArray[np.float64], probability: NDArray[np.float64]) -> Bin:
-    n, observed = len(label), float(label.mean())
-    spread = WILSON_Z**2 / n
-    centre = (observed + spread / 2) / (1 + spread)
-    half = math.sqrt(observed * (1 - observed) * spread + spread**2 / 4) / (1 + spread)
-    return Bin(n, float(probability.mean()), observed, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def _truth(directory: Path, task: str, sequences: Sequences) -> NDArray[np.float64] | None:

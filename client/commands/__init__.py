@@ -2,7 +2,7 @@
 
 import typer
 
-from client.commands import budget, check, convert, enrol, keygen, label, leave, run
+from client.commands import budget, check, convert, enrol, keygen, label, leave, predict, recalibrate, run
 
 app = typer.Typer(
     name="client",
@@ -18,3 +18,5 @@ app.command("enrol")(enrol.command)
 app.command("run")(run.command)
 app.command("budget")(budget.command)
 app.command("leave")(leave.command)
+app.command("predict")(predict.command)
+app.command("recalibrate")(recalibrate.command)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Iterator
 
-from common.report.chart import Axis, Chart, Point, Series, even_ticks
-from common.report.page import Block, Cell, Figure, Notice, Paragraph, Section, Table
+from common.report.page import Block, Cell, Notice, Paragraph, Section, Table
+from common.report.reliability import reliability
 from common.report.words import UNKNOWN, about, budget, fixed, score, signed
 from simulations.reporting.curve import Spot, Sweep, auroc_at, spot
 from simulations.reporting.names import name_of
-from simulations.rows import MIN_EVENTS, Bin, CalibrationRow, Row, Subgroup
+from simulations.rows import MIN_EVENTS, CalibrationRow, Row, Subgroup
 
 MASKED = Cell("not shown")
 OFF = 1.25  # times the observed share: a mean risk beyond it is warned of
@@ -77,16 +77,13 @@ def calibration_section(sweep: Sweep, at: float | None) -> Section | None:
             "1: they are too timid. “In the large” below 0: risks are too high on average."
         )
     ]
-    if any(_readable(part) for part in first.bins):
-        blocks.append(
-            Figure(
-                _chart(first, at),
-                f"Predicted against observed risk, run with seed {rows[0].seed}, epsilon {budget(at)}. Groups of "
-                "equally many predictions; bars: 95 % interval of the observed share. On the dotted line, risks are "
-                "true.",
-                _bins_table(first),
-            )
-        )
+    figure = reliability(
+        first.bins,
+        f"Predicted and observed risk, epsilon {budget(at)}",
+        f"Predicted against observed risk, run with seed {rows[0].seed}, epsilon {budget(at)}.",
+        "the diagnosis",
+    )
+    blocks += [figure] if figure is not None else []
     blocks += _on_average(first, rows[0].seed)
     blocks.append(_numbers_table(sweep))
     return Section("calibration", "Are the risks true?", tuple(blocks))
@@ -103,46 +100,6 @@ def _on_average(calibration: CalibrationRow, seed: int) -> Iterator[Notice]:
             f"On average the model predicts {100 * predicted:.1f} %, and {100 * observed:.1f} % have the diagnosis "
             f"(run with seed {seed}). Its ranking may be used, its risks not as they are.",
         )
-
-
-def _chart(calibration: CalibrationRow, at: float | None) -> Chart:
-    points = [Point(b.predicted, b.observed, b.low, b.high) for b in calibration.bins if _readable(b)]
-    top = min(1.0, -int(-10 * max([*(p.high or 0 for p in points), *(p.x for p in points)]) - 1) / 10)
-    percent = tuple((value, f"{100 * value:.0f} %") for value, _ in even_ticks(0, top, most=5))
-    return Chart(
-        name="calibration-curve",
-        title=f"Predicted and observed risk, epsilon {budget(at)}",
-        x=Axis("predicted risk", 0, top, percent),
-        y=Axis("observed share with the diagnosis", 0, top, percent),
-        series=(Series("Observed", tuple(points), strong=True),),
-        diagonal="Risks that are true",
-    )
-
-
-def _bins_table(calibration: CalibrationRow) -> Table:
-    return Table(
-        "calibration-data",
-        "Predicted and observed risk, groups from the lowest to the highest risk",
-        ("group", "predictions", "mean predicted risk", "observed"),
-        tuple(
-            (
-                Cell(str(number)),
-                about(part.sequences),
-                Cell(f"{100 * part.predicted:.1f} %", part.predicted),
-                Cell(
-                    f"{100 * part.observed:.1f} %",
-                    part.observed,
-                    part.low,
-                    part.high,
-                    f"{100 * part.low:.1f} to {100 * part.high:.1f} %",
-                )
-                if _readable(part)
-                else MASKED,
-            )
-            for number, part in enumerate(calibration.bins, start=1)
-        ),
-        f"Groups with fewer than {MIN_EVENTS} predictions with, or without, the diagnosis are not shown.",
-    )
 
 
 def _numbers_table(sweep: Sweep) -> Table:
@@ -174,12 +131,6 @@ def _mean_cell(values: Iterable[float | None]) -> Cell:
     mean = statistics.fmean(known)
     note = f"{fixed(min(known), 2)} to {fixed(max(known), 2)}" if len(known) > 1 else ""
     return Cell(fixed(mean, 2), mean, note=note)
-
-
-def _readable(part: Bin) -> bool:
-    """Whether a bin has enough sequences with and without the label to be shown."""
-    positives = round(part.observed * part.sequences)
-    return min(positives, part.sequences - positives) >= MIN_EVENTS
 
 
 def _groups(rows: list[Row]) -> list[tuple[str, str]]:
