@@ -113,13 +113,18 @@ def ask(
 
 
 def _require_yes_or_no(source: Path, task: str) -> None:
-    """Refuse a label file of another kind of task; a file that cannot be read is somebody else's error."""
+    """Refuse a label file of another kind of task; a file that cannot be read is somebody else's error.
+
+    A time to an event comes with a yes or no beside it, whether it was seen, which is not what a study predicts.
+    """
     try:
-        columns = pl.read_parquet_schema(source).keys()
+        scan = pl.scan_parquet(source, glob=False)
+        others = [name for name in OTHER_LABELS if name in scan.collect_schema()]
+        filled = scan.select(pl.col(others).count()).collect().row(0, named=True) if others else {}
     except (pl.exceptions.PolarsError, OSError):
         return
-    other = next((name for name in OTHER_LABELS if name in columns), None)
-    if BOOLEAN_VALUE not in columns and other is not None:
+    other = next((name for name, count in filled.items() if count), None)
+    if other is not None:
         raise DataError(
             f"{source}: task {task} has `{other}`; predictions are probabilities of a yes or no, so times to an event, "
             "numbers and categories are refused: make a yes or no of it, such as `within 30 days`, and a study for that"

@@ -115,8 +115,8 @@ def _on_average(overall: Scores) -> list[Block]:
     if low is None or high is None or low <= 0 <= high:
         return []
     said = (
-        f"On average {_share(overall.mean_risk).text} is predicted, and {_share(overall.prevalence).text} of the labels "
-        "are positive. The order of patients may be used, the risks not as they are; a local recalibration "
+        f"On average {_share(overall.mean_risk).text} is predicted, and {_share(overall.prevalence).text} of the "
+        "labels are positive. The order of patients may be used, the risks not as they are; a local recalibration "
         "(docs/predict.md) can make them true."
     )
     return [Notice(f"The risks are too {'low' if low > 0 else 'high'}.", said)]
@@ -155,7 +155,7 @@ def _curve(decisions: tuple[Benefit, ...], prevalence: float) -> Chart:
     low = -top / MOST_SHOWN
     points = [Point(p.x, p.y, max(p.low, low) if p.low is not None else None, p.high) for p in points if p.y >= low]
     everybody = [Point(one.threshold, one.everybody) for one in decisions if one.everybody >= low]
-    right = decisions[-1].threshold
+    right = decisions[-1].threshold + decisions[0].threshold / 2  # room, so that letters at the end stand together
     series = [
         Series("By the model", tuple(points), strong=True) if points else None,
         Series("Everybody", tuple(everybody)) if everybody else None,
