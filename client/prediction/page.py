@@ -126,18 +126,18 @@ def _decisions(decisions: tuple[Benefit, ...], prevalence: float) -> tuple[Block
     rows = tuple(
         (
             Cell(_percent(one.threshold), one.threshold),
-            _estimate(one.model, 4),
-            score(one.everybody, decimals=4),
-            score(0.0, decimals=4),
+            _estimate(_per_hundred(one.model), 2),
+            score(100 * one.everybody, decimals=2),
+            score(0.0, decimals=2),
         )
         for one in decisions
     )
     columns = ("act from a risk of", "by the model", "everybody", "nobody")
-    table = Table("decision-data", "Net benefit: true positives per prediction, less false ones", columns, rows)
+    table = Table("decision-data", "Net benefit per 100 predictions", columns, rows)
     caption = (
-        "Whoever acts from a risk of 10 % on accepts nine acts in vain for one in need: so much a false alarm weighs. "
-        "Where the model's curve is the highest, acting by it gains most; where it is not, do without it. Bars: 95 % "
-        "interval over resampled patients."
+        "Positives found per 100 predictions, less what the false alarms cost. Whoever acts from a risk of 10 % on "
+        "accepts nine acts in vain for one in need: so much a false alarm weighs there. Where the model's curve is the "
+        "highest, acting by it gains most; where it is not, do without it. Bars: 95 % interval over resampled patients."
     )
     return (
         Paragraph("Net benefit of acting on those whose risk reaches a threshold, against everybody and nobody."),
@@ -146,15 +146,15 @@ def _decisions(decisions: tuple[Benefit, ...], prevalence: float) -> tuple[Block
 
 
 def _curve(decisions: tuple[Benefit, ...], prevalence: float) -> Chart:
-    points = [
-        Point(one.threshold, one.model.value, one.model.low, one.model.high)
-        for one in decisions
-        if one.model.value is not None
-    ]
-    top = 1.1 * max([prevalence, *(point.high or point.y for point in points), 1e-3])
+    model = [(one.threshold, _per_hundred(one.model)) for one in decisions]
+    top = 1.1 * max([100 * prevalence, *(found.high or 0.0 for _, found in model), 0.1])
     low = -top / MOST_SHOWN
-    points = [Point(p.x, p.y, max(p.low, low) if p.low is not None else None, p.high) for p in points if p.y >= low]
-    everybody = [Point(one.threshold, one.everybody) for one in decisions if one.everybody >= low]
+    points = [
+        Point(at, one.value, None if one.low is None else max(one.low, low), one.high)
+        for at, one in model
+        if one.value is not None and one.value >= low
+    ]
+    everybody = [Point(one.threshold, 100 * one.everybody) for one in decisions if 100 * one.everybody >= low]
     right = decisions[-1].threshold + decisions[0].threshold / 2  # room, so that letters at the end stand together
     series = [
         Series("By the model", tuple(points), strong=True) if points else None,
@@ -165,9 +165,14 @@ def _curve(decisions: tuple[Benefit, ...], prevalence: float) -> Chart:
         name="decision-curve",
         title="Net benefit by threshold",
         x=Axis("act from a risk of", 0, right, tuple((at, _percent(at)) for at, _ in even_ticks(0, right, most=5))),
-        y=Axis("net benefit", low, top, even_ticks(low, top, most=5)),
+        y=Axis("net benefit per 100 predictions", low, top, even_ticks(low, top, most=5)),
         series=tuple(one for one in series if one is not None),
+        decimals=2,
     )
+
+
+def _per_hundred(one: Estimate) -> Estimate:
+    return Estimate(*(None if number is None else 100 * number for number in (one.value, one.low, one.high)))
 
 
 def _groups(found: Evaluation) -> tuple[Block, ...]:

@@ -35,7 +35,7 @@ from simulations.scoring import HeldOut, score_sites
 from tests.client.prediction.predicting import SERVER, Desk
 from tests.e2e.deployment import ROOT, write_study
 
-ROUNDS, RESAMPLES = 20, 50
+ROUNDS, RESAMPLES = 10, 50
 DECLARED = {"north": 80, "east": 50, "south": 30, "west": 16}
 
 
@@ -62,7 +62,7 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def finished(cohort: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The demo's study over four tiny hospitals, twenty private rounds."""
+    """The demo's study over four tiny hospitals, ten private rounds."""
     path = write_study(
         tmp_path_factory.mktemp("terms") / "study.yaml",
         DECLARED,
@@ -120,12 +120,15 @@ def test_the_commands_of_the_page_run(finished: Finished, cohort: dict[str, Path
     srv.mkdir(parents=True)
     shutil.copytree(cohort["north"], srv / "meds")
     site = {"version": 1, "site": "north", "study": str(finished.study), "records": str(srv / "meds"), "server": SERVER}
-    more: dict[str, Any] = {"policy": {"max_epsilon": 3.0, "delta": 1e-5}, "state": str(tmp_path / "state")}
+    more: dict[str, Any] = {"policy": {"max_epsilon": 3.0, "delta": 1e-5}, "state": str(srv / "state")}
     (etc / "site.yaml").write_text(yaml.safe_dump(site | more))
-    StateFolder(tmp_path / "state", create=True)
+    StateFolder(srv / "state", create=True)
     desk = Desk(srv, srv / "meds", finished.terms, srv / "weights.safetensors")
     desk.weights.write_bytes(to_bytes(finished.weights))
     desk.some_tune()
+    desk.labels_by_risk(
+        study=str(finished.study)
+    )  # of the tiny cohort's tuning patients too few have the diagnosis for a recalibration
     labels = pl.read_parquet(srv / "meds" / "labels" / "diagnosis.parquet")
     labels.head(7).drop("boolean_value").write_parquet(srv / "today.parquet")
 

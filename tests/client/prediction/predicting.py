@@ -22,7 +22,7 @@ from common.weights import Weights, to_bytes
 from tests.client.hospitals import write_site, write_study
 
 SERVER = {"address": "localhost:1", "plaintext": True}
-SPLITS = "metadata/subject_splits.parquet"
+LABELS, SPLITS = "labels/diagnosis.parquet", "metadata/subject_splits.parquet"
 
 
 def random_weights(study: Study, seed: int = 0) -> Weights:
@@ -84,3 +84,14 @@ class Desk:
         chosen = held_out.head(round(share * len(held_out))).implode()
         moved = pl.when(pl.col("subject_id").is_in(chosen)).then(pl.lit("tuning")).otherwise(SPLIT)
         splits.with_columns(moved.alias(SPLIT)).write_parquet(self.records / SPLITS)
+
+    def labels_by_risk(self, *, turned: bool = False, **site: Any) -> None:
+        """Labels of tuning and held-out patients drawn from the model's risks, spread and shifted, or turned round."""
+        found = self.predict("--split", "tuning", "--split", "held_out", name="first", **site)
+        risk = found["predicted_boolean_probability"].to_numpy()
+        logit = np.log(risk / (1 - risk))
+        wanted = 3 * (logit - np.median(logit)) / logit.std() * (-1 if turned else 1)
+        label = np.random.default_rng(5).random(len(risk)) < 1 / (1 + np.exp(-wanted))
+        drawn = found.select("subject_id", "prediction_time", pl.Series("boolean_value", label))
+        others = pl.read_parquet(self.records / LABELS).join(drawn, on="subject_id", how="anti")
+        pl.concat([others, drawn.select(others.columns)]).write_parquet(self.records / LABELS)

@@ -59,7 +59,7 @@ def test_every_number_is_scikit_learns(desk: Desk) -> None:
 
 
 def test_the_decision_curve_is_counted(desk: Desk) -> None:
-    """Net benefit at each threshold: true positives a head, less false ones at the threshold's odds."""
+    """Net benefit at each threshold: true positives per 100, less false ones at the threshold's odds."""
     label, risk = numbers(desk.predict())
     rows = desk.table("decision-data")
     assert len(rows) == 19
@@ -67,8 +67,8 @@ def test_the_decision_curve_is_counted(desk: Desk) -> None:
         threshold = float(name.removesuffix("\u00a0%")) / 100
         flagged, odds = risk >= threshold, threshold / (1 - threshold)
         expected = (flagged & label).mean() - (flagged & ~label).mean() * odds
-        assert model["value"] == pytest.approx(expected, abs=1e-12)
-        assert everybody["value"] == pytest.approx(label.mean() - (~label).mean() * odds, abs=1e-12)
+        assert model["value"] == pytest.approx(100 * expected, abs=1e-9)
+        assert everybody["value"] == pytest.approx(100 * (label.mean() - (~label).mean() * odds), abs=1e-9)
         assert nobody["value"] == 0
 
 

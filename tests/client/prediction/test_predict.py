@@ -17,9 +17,8 @@ from common.errors import ConfigurationError, DataError
 from common.models.network import build_network
 from common.training import load_state, predict
 from common.weights import from_bytes
-from tests.client.prediction.predicting import SPLITS, Desk
+from tests.client.prediction.predicting import LABELS, SPLITS, Desk
 
-LABELS = "labels/diagnosis.parquet"
 COLUMNS = {
     "subject_id": pl.Int64(),
     "prediction_time": pl.Datetime("us"),

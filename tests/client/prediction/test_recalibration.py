@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pytest
 import yaml
 
@@ -16,26 +15,12 @@ from common.training import state_of
 from common.weights import to_bytes
 from tests.client.prediction.predicting import Desk, random_weights
 
-LABELS = "labels/diagnosis.parquet"
-
-
-def as_risk_says(desk: Desk, *, turned: bool = False) -> None:
-    """Labels drawn from the model's own risks with more spread, so that there is something to recalibrate."""
-    found = desk.predict("--split", "tuning", "--split", "held_out", name="first")
-    risk = found["predicted_boolean_probability"].to_numpy()
-    logit = np.log(risk / (1 - risk))
-    wanted = 3 * (logit - np.median(logit)) * (-1 if turned else 1)
-    label = np.random.default_rng(5).random(len(risk)) < 1 / (1 + np.exp(-wanted))
-    drawn = found.select("subject_id", "prediction_time", pl.Series("boolean_value", label))
-    others = pl.read_parquet(desk.records / LABELS).join(drawn, on="subject_id", how="anti")
-    pl.concat([others, drawn.select(others.columns)]).write_parquet(desk.records / LABELS)
-
 
 @pytest.fixture
 def tuned(desk: Desk) -> Desk:
     """80 tuning and 80 held-out patients."""
     desk.some_tune()
-    as_risk_says(desk)
+    desk.labels_by_risk()
     return desk
 
 
@@ -111,7 +96,7 @@ def test_too_few_or_wrongly_ranked_patients_give_no_file(desk: Desk) -> None:
     with pytest.raises(DataError, match="the tuning patients are too few"):
         desk.run("recalibrate", "--out", file)
     desk.some_tune(0.5)
-    as_risk_says(desk, turned=True)
+    desk.labels_by_risk(turned=True)
     with pytest.raises(DataError, match="risk does not rise with the label"):
         desk.run("recalibrate", "--out", file)
     desk.weights.write_bytes(to_bytes(state_of(build_network(desk.study))))  # the head is zero: all risks are equal
