@@ -8,7 +8,8 @@ Decisions a reader would question:
 
 - A label that is not known is null in what is written and False in what is read into sequences: the network does not
   look at it, and one way of reading records is easier to trust than two.
-- Only rows with a label have a split. A row without one was never trained on, because training refuses it.
+- A split decides about rows with a label alone. A row without one is predicted whoever the patient is, and never
+  judged: there is nothing to judge it by.
 - The split key is read and never made here: with a fresh key, "held out" would be a new draw, and most of those
   patients would have trained.
 """
@@ -30,7 +31,7 @@ from client.site_file import SiteFile
 from client.state import SPLIT_KEY, StateFolder
 from common.errors import ConfigurationError, DataError
 from common.events import checked_labels
-from common.schema import BOOLEAN_VALUE, HELD_OUT, PREDICTION_TIME, SPLIT, SUBJECT_ID, TIME
+from common.schema import BOOLEAN_VALUE, HELD_OUT, PREDICTION_TIME, SPLIT, SPLITS, SUBJECT_ID, TIME
 from common.sequences import Sequences, build
 
 if TYPE_CHECKING:
@@ -76,8 +77,11 @@ def ask(
 
     Raises:
         DataError: records, rows or splits that cannot be used, a task that is no yes or no, or nothing is left.
-        ConfigurationError: nobody can tell which patients were held out.
+        ConfigurationError: an unknown split, or nobody can tell which patients were held out.
     """
+    for name in splits:
+        if name not in SPLITS:
+            raise ConfigurationError(f"split {name!r} is unknown; use {', '.join(SPLITS)}")
     root = Path(site.records)
     excluded = None if site.exclude is None else read_optouts(Path(site.exclude))
     directory = MedsDirectory(root) if excluded is None else WithoutOptouts(root, excluded)
@@ -150,7 +154,7 @@ def _read_rows(path: Path) -> pl.DataFrame:
 
 
 def _splits(directory: MedsDirectory, asked: pl.DataFrame, state: StateFolder) -> pl.DataFrame:
-    """The split of each patient who has a label."""
+    """The split of each patient who has a label; others need none, and a split file may lack them."""
     labelled = asked.filter(pl.col(BOOLEAN_VALUE).is_not_null())[SUBJECT_ID].unique(maintain_order=True)
     if labelled.is_empty():
         return pl.DataFrame(schema={SUBJECT_ID: pl.Int64, SPLIT: pl.String})

@@ -6,13 +6,12 @@ import statistics
 from collections.abc import Iterable, Iterator
 
 from common.report.page import Block, Cell, Notice, Paragraph, Section, Table
-from common.report.reliability import reliability
+from common.report.reliability import MASKED, reliability
 from common.report.words import UNKNOWN, about, budget, fixed, score, signed
 from simulations.reporting.curve import Spot, Sweep, auroc_at, spot
 from simulations.reporting.names import name_of
 from simulations.rows import MIN_EVENTS, CalibrationRow, Row, Subgroup
 
-MASKED = Cell("not shown")
 OFF = 1.25  # times the observed share: a mean risk beyond it is warned of
 PLAIN = "federated-no-privacy"
 

@@ -80,6 +80,8 @@ def test_training_patients_are_predicted_when_asked_and_never_judged(desk: Desk)
     assert desk.table("scores-table", "all") == desk.table("scores-table")
     desk.predict("--split", "train", name="train")
     assert not (desk.root / "train" / "evaluation.html").exists()
+    with pytest.raises(ConfigurationError, match="split 'test' is unknown; use train, tuning, held_out"):
+        desk.predict("--split", "test", name="test")
 
 
 def test_rows_of_ones_own_need_no_label(desk: Desk) -> None:
