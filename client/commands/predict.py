@@ -79,10 +79,8 @@ def command(
     require_new(out)
     site, state = opened(site_file)
     study = study_of(site)
-    groups_of, flagged_from = (
-        groupings(study.features, groups),
-        study.task.prevalence if threshold is None else threshold,
-    )
+    groups_of = groupings(study.features, groups)
+    flagged_from = study.task.prevalence if threshold is None else threshold
     final = weights_for(study, weights)
     local = None if recalibration is None else read(recalibration, study, final)
     asked = ask(site, study, state, splits=tuple(split or (HELD_OUT,)), rows=rows, unlabelled=unlabelled)

@@ -115,11 +115,8 @@ def evaluate(
         resamples: draws behind each interval.
     """
     mine = asked.held_out
-    patient, label, risk = (
-        asked.sequences.patient[mine],
-        asked.sequences.label[mine].astype(np.float64),
-        probability[mine],
-    )
+    patient, risk = asked.sequences.patient[mine], probability[mine]
+    label = asked.sequences.label[mine].astype(np.float64)
     several = len(np.unique(patient)) < len(patient)
     weight = 1.0 / np.bincount(patient)[patient]
     groups = []
@@ -156,11 +153,8 @@ def _scores(
 ) -> Scores:
     def flagged(value: int) -> float | None:
         mine = label == value
-        return (
-            float(np.average(risk[mine] >= threshold, weights=None if weight is None else weight[mine]))
-            if mine.any()
-            else None
-        )
+        shares = None if weight is None else weight[mine]
+        return float(np.average(risk[mine] >= threshold, weights=shares)) if mine.any() else None
 
     def of(metric: metrics.Metric) -> Estimate:
         return estimate(metric, patient, label, risk, resamples, weight)
