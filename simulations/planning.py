@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigurationError
+from common.schema import HELD_OUT, SPLITS
 from common.study import Study, load_study
 from common.terms import parse
 from simulations.cohort import true_tasks
@@ -48,6 +49,7 @@ class Setup:
         settings: what the sweep changed, as the rows will say.
         directories: MEDS directory of every site that trains or is scored.
         scored: sites on whose held-out patients is scored.
+        splits: which of their patients are held out: all of a site that is left out.
         records: fingerprint of real records; "" for synthetic ones, which follow from study and seed.
     """
 
@@ -55,6 +57,7 @@ class Setup:
     settings: dict[str, Setting] = field(default_factory=dict)
     directories: dict[str, Path] = field(default_factory=dict)
     scored: tuple[str, ...] = ()
+    splits: tuple[str, ...] = (HELD_OUT,)
     records: str = ""
 
 
@@ -87,7 +90,7 @@ class Job:
             "settings": self.setup.settings,
             "epsilon": self.epsilon,
             "seed": self.seed,
-            "records": [self.setup.records, self.setup.scored],
+            "records": [self.setup.records, self.setup.scored, self.setup.splits],
             "measured": [self.resamples, self.scored_rounds],
             "subgroups": {name: grouping.model_dump(mode="json") for name, grouping in self.subgroups.items()},
         }
@@ -200,7 +203,7 @@ def _sites(sweep: Sweep, setup: Setup, where: str) -> Iterator[Setup]:
 
 
 def _left_out(sweep: Sweep, setup: Setup, where: str) -> Iterator[Setup]:
-    """Nobody left out, or one site after the other: the rest trains, its held-out patients are scored."""
+    """Nobody left out, or one site after the other: the rest trains, all of its patients are scored."""
     if not sweep.leave_out:
         yield setup
         return
@@ -209,7 +212,8 @@ def _left_out(sweep: Sweep, setup: Setup, where: str) -> Iterator[Setup]:
         if len(rest) in (0, len(setup.study.sites)):
             raise ConfigurationError(f"{where}: leave_out: `{name}` must be one of two or more sites of the study")
         study = _with_sites(setup.study, rest, where)
-        yield replace(setup, study=study, settings=setup.settings | {"leave_out": name}, scored=(name,))
+        shown = setup.settings | {"leave_out": name}
+        yield replace(setup, study=study, settings=shown, scored=(name,), splits=SPLITS)
 
 
 def _clipped(setup: Setup, where: str) -> Setup:

@@ -99,13 +99,14 @@ def held_out_of(job: Job) -> HeldOut:
     """The held-out patients that a job is scored on; kept for the next job."""
     study, directories = job.line.study, {site: job.setup.directories[site] for site in job.setup.scored}
     records, centre, device = study.records, study.model.centre_mask, study.device
-    key = (tuple(directories.items()), study.task.name, study.features.digest(), records, centre, device)
+    splits = job.setup.splits
+    key = (tuple(directories.items()), splits, study.task.name, study.features.digest(), records, centre, device)
     if key not in _held_out:
         while len(_held_out) >= KEPT:
             del _held_out[next(iter(_held_out))]
         some = next(iter(study.sites.values()))
         scored = study.model_copy(update={"sites": dict.fromkeys(directories, some)})  # only their names are used
-        _held_out[key] = HeldOut(Hospitals(scored, directories, job.seed))
+        _held_out[key] = HeldOut(Hospitals(scored, directories, job.seed), splits)
     return _held_out[key]
 
 

@@ -34,11 +34,12 @@ class HeldOut:
     """The held-out patients of all sites, ready to be scored again and again.
 
     `patient`, `label` and `site` have one entry per sequence, sites one after another; `truth` is the exact
-    probability of every sequence of a synthetic site, else None.
+    probability of every sequence of a synthetic site, else None. `splits`: of a hospital that took no part, all
+    patients are held out, whatever their split.
     """
 
-    def __init__(self, hospitals: Hospitals) -> None:
-        self.datasets = {site: hospitals.dataset(site, (HELD_OUT,)) for site in hospitals.study.sites}
+    def __init__(self, hospitals: Hospitals, splits: tuple[str, ...] = (HELD_OUT,)) -> None:
+        self.datasets = {site: hospitals.dataset(site, splits) for site in hospitals.study.sites}
         parts = self.sequences
         offset = np.cumsum([0, *(part.n_patients for part in parts)])
         self.patient = np.concatenate([part.patient + start for part, start in zip(parts, offset, strict=False)])

@@ -145,11 +145,13 @@ def test_subgroups_are_in_the_row(jobs: dict[str, Job], rows: dict[str, Row]) ->
 
 
 def test_a_site_left_out_takes_no_part(tmp_path: Path) -> None:
-    """Its held-out patients alone are scored, by a model that was trained without it."""
+    """Its patients alone are scored, all of them, by a model that was trained without it."""
     (job,) = jobs_of(tmp_path, leave_out=["east"])
     row = run_job(job, "code")
     assert [(s.site, s.declared_patients) for s in row.sites] == [("east", 0), (POOLED, 160)]
     assert row.settings == {"leave_out": "east"}
+    everybody = pl.read_parquet(job.setup.directories["east"] / "labels" / f"{job.line.study.task.name}.parquet")
+    assert row.site("east").patients == everybody["subject_id"].n_unique()
     east = module.held_out_of(job)
     alone = simulate(Hospitals(job.line.study, job.setup.directories, 0), resamples=20, held_out=east)
     assert row.site("east").auroc == alone.score("east").auroc
