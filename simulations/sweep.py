@@ -9,7 +9,7 @@
     grid: {model.cell: [gru, lstm]}              # dotted keys of the study x values
     partition: [{by: label, sites: 4, alpha: 0.3}]
     sites: [[north, east]]                       # some of the study's sites
-    leave_out: each                              # train on the other sites, score on the one left out: all of its patients
+    leave_out: each                              # train on the other sites, score everybody of the one left out
 
 What a value of these axes becomes stands in `planning.py`. A seed is the same for every line, epsilon and setting:
 starting weights, who is sampled and the noise stream are shared (common random numbers), so that differences between
