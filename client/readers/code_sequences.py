@@ -12,7 +12,7 @@ from client.readers.columns import MICROSECONDS, Columns
 from client.readers.formats import ORIGIN, CodeSequences
 from client.readers.given import answers
 from client.readers.reader import LABELS, TEXT_VALUE
-from client.readers.tables import blocks, found
+from client.readers.tables import found, rows
 from common.errors import DataError
 from common.schema import BOOLEAN_VALUE, CODE, NUMERIC_VALUE, PREDICTION_TIME, SUBJECT_ID, TIME
 
@@ -52,7 +52,7 @@ class CodeSequencesReader:
         terms = self._terms
         used = [name for name in (terms.patient, terms.codes, terms.label) if name is not None]
         for path in self._paths:
-            for block in blocks(path, used, terms):
+            for block in rows(path, used, terms):
                 patients = self._columns.ids(block[terms.patient], f"{path}, column `{terms.patient}`")
                 text = self._columns.codes(block[terms.codes], f"{path}, column `{terms.codes}`").fill_null("")
                 visit = pl.element().str.strip_chars()

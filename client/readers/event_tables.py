@@ -11,7 +11,7 @@ import polars as pl
 from client.readers.columns import MICROSECONDS, Columns
 from client.readers.formats import EventTable, EventTables
 from client.readers.reader import EVENTS, TEXT_VALUE
-from client.readers.tables import blocks, found
+from client.readers.tables import found, rows
 from common.errors import DataError
 from common.schema import CODE, NUMERIC_VALUE, SUBJECT_ID, TIME
 
@@ -27,7 +27,7 @@ class EventTablesReader:
     def events(self) -> Iterator[pl.DataFrame]:
         """See `Reader.events`."""
         for table, path in self._tables:
-            for block in blocks(path, _used(table), table):
+            for block in rows(path, _used(table), table):
                 yield self._events(block, table, str(path))
 
     def labels(self) -> Iterator[tuple[str, pl.DataFrame]]:
@@ -36,7 +36,6 @@ class EventTablesReader:
 
     def _events(self, block: pl.DataFrame, table: EventTable, source: str) -> pl.DataFrame:
         columns = self._columns.with_terms(table.missing, table.decimal)
-        block = _chosen(block, table, columns, source)
         numbers, texts = self._values(block, table, columns, source)
         if table.time is None:
             times = pl.Series([None], dtype=MICROSECONDS).new_from_index(0, len(block))
@@ -77,15 +76,7 @@ class EventTablesReader:
 
 def _used(table: EventTable) -> list[str]:
     when = () if table.time is None else (table.time.column, table.time.origin_column)
-    return [c for c in (table.patient, *when, *table.code, table.value, table.text, *table.only) if c is not None]
-
-
-def _chosen(block: pl.DataFrame, table: EventTable, columns: Columns, source: str) -> pl.DataFrame:
-    """The rows that `only` asks for."""
-    wanted = {
-        name: columns.codes(block[name], f"{source}, column `{name}`") == value for name, value in table.only.items()
-    }
-    return block.filter(*wanted.values())
+    return [c for c in (table.patient, *when, *table.code, table.value, table.text) if c is not None]
 
 
 def _codes(block: pl.DataFrame, table: EventTable, columns: Columns, source: str) -> pl.Series:

@@ -125,9 +125,11 @@ class Files(Csv):
 
     Attributes:
         files: paths or patterns (`labs/*.csv.gz`); those that are not absolute count from the folder of this YAML.
+        only: column -> the value that a row must have to be read, such as one hospital of several.
     """
 
     files: Names
+    only: dict[Column, str] = Field(default_factory=dict)
 
 
 class LabelFiles(Files):
@@ -179,7 +181,6 @@ class EventTable(Files):
         text: column of free text.
         not_numbers: `text`: what is no number in `value` (such as `<0.1`) is kept as text, for people; a model that
             reads the code's number does not see it.
-        only: column -> the value that a row must have to be read, such as one hospital of several.
     """
 
     patient: Column
@@ -189,7 +190,6 @@ class EventTable(Files):
     value: Column | None = None
     text: Column | None = None
     not_numbers: Literal["refuse", "text"] = "refuse"
-    only: dict[Column, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_text(self) -> Self:

@@ -10,7 +10,7 @@ import polars as pl
 from client.readers.columns import Columns
 from client.readers.formats import LabelFiles, SplitFiles
 from client.readers.reader import LABELS
-from client.readers.tables import blocks, found
+from client.readers.tables import found, rows
 from common.errors import DataError
 from common.schema import BOOLEAN_VALUE, PREDICTION_TIME, SPLIT, SPLITS, SUBJECT_ID
 
@@ -23,7 +23,7 @@ def given_labels(terms: LabelFiles, base: Path, timezone: str | None) -> Iterato
     when = (terms.time.column, terms.time.origin_column)
     used = [name for name in (terms.patient, *when, terms.label) if name is not None]
     for path in found(terms, base):
-        for block in blocks(path, used, terms):
+        for block in rows(path, used, terms):
             yield pl.DataFrame(
                 {
                     SUBJECT_ID: columns.ids(block[terms.patient], f"{path}, column `{terms.patient}`"),
@@ -44,16 +44,16 @@ def given_splits(terms: SplitFiles, base: Path) -> pl.DataFrame:
             }
         )
         for path in found(terms, base)
-        for block in blocks(path, [terms.patient, terms.split], terms)
+        for block in rows(path, [terms.patient, terms.split], terms)
     ]
-    rows = pl.concat([pl.DataFrame(schema={SUBJECT_ID: pl.Int64, SPLIT: pl.String}), *parts]).unique()
-    other = int((~rows[SPLIT].is_in(SPLITS).fill_null(False)).sum())
+    splits = pl.concat([pl.DataFrame(schema={SUBJECT_ID: pl.Int64, SPLIT: pl.String}), *parts]).unique()
+    other = int((~splits[SPLIT].is_in(SPLITS).fill_null(False)).sum())
     if other:
         raise DataError(f"column `{terms.split}`: {other} rows are none of {', '.join(SPLITS)}; rename them")
-    twice = int(rows[SUBJECT_ID].is_duplicated().sum())
+    twice = int(splits[SUBJECT_ID].is_duplicated().sum())
     if twice:
         raise DataError(f"column `{terms.split}`: {twice} rows give a patient more than one split; keep each in one")
-    return rows.sort(SUBJECT_ID)
+    return splits.sort(SUBJECT_ID)
 
 
 def answers(cells: pl.Series, where: str) -> pl.Series:

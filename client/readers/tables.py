@@ -28,6 +28,7 @@ import pyarrow as pa  # type: ignore[import-untyped]  # pyarrow ships no types
 import pyarrow.csv as pc  # type: ignore[import-untyped]  # same
 import pyarrow.parquet as pq  # type: ignore[import-untyped]  # same
 
+from client.readers.columns import Columns
 from client.readers.formats import Csv, Files
 from common.errors import DataError
 
@@ -65,6 +66,15 @@ def blocks(path: Path, columns: list[str], terms: Csv) -> Iterator[pl.DataFrame]
     """
     wanted = list(dict.fromkeys(columns))
     return _parquet(path, wanted) if path.suffix == ".parquet" else _csv(path, wanted, terms)
+
+
+def rows(path: Path, columns: list[str], terms: Files) -> Iterator[pl.DataFrame]:
+    """As `blocks`, of the rows that `terms.only` asks for. Raises DataError."""
+    cells = Columns()
+    for block in blocks(path, [*columns, *terms.only], terms):
+        yield block.filter(
+            *(cells.codes(block[name], f"{path}, column `{name}`") == value for name, value in terms.only.items())
+        )
 
 
 def names_of(path: Path, terms: Csv) -> list[str]:

@@ -11,7 +11,7 @@ import polars as pl
 from client.readers.columns import MICROSECONDS, Columns
 from client.readers.formats import WideTables
 from client.readers.reader import EVENTS, TEXT_VALUE
-from client.readers.tables import blocks, found
+from client.readers.tables import found, rows
 from common.errors import DataError
 from common.schema import CODE, NUMERIC_VALUE, SUBJECT_ID, TIME
 
@@ -31,7 +31,7 @@ class WideTablesReader:
         named = (*terms.values, *terms.codes, *terms.statics, *terms.static_codes)
         used = [c for c in (terms.patient, when.column, when.origin_column, *named) if c is not None]
         for path in self._paths:
-            for block in blocks(path, used, terms):
+            for block in rows(path, used, terms):
                 patients = self._columns.ids(block[terms.patient], f"{path}, column `{terms.patient}`")
                 times = self._columns.times(block, when, str(path))
                 lost = times.null_count()
