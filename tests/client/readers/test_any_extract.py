@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import WardroundError
-from tests.client.readers.extracts import convert_to, events_of
+from tests.client.readers.extracts import convert_to, events_of, read_or_refused
 
 SECRETS = ("98765", "Zyx", "77.125", "1987")
 
@@ -29,6 +28,13 @@ CDM = {
     "measurement": "person_id,measurement_concept_id,measurement_datetime,value_as_number,unit_concept_id,"
     "unit_source_value,value_as_concept_id\n-98765,300,1987-01-01 12:00:00,77.125,,Zyx,\n",
 }
+
+
+def events(place: Path) -> dict[str, Any]:
+    (place / "e.csv").write_text(WIDE)
+    (place / "l.csv").write_text("subject_id,prediction_time,boolean_value,split\n987650,1987-02-01,1,train\n")
+    table = {"files": "e.csv", "patient": "pid", "time": "when", "code": "sex", "value": "hr"}
+    return {"kind": "events", "tables": [table], "labels": {"t": {"files": "l.csv"}}, "splits": {"files": "l.csv"}}
 
 
 def wide(place: Path) -> dict[str, Any]:
@@ -65,24 +71,25 @@ def omop(place: Path) -> dict[str, Any]:
     return {"kind": "omop", "folder": "cdm"}
 
 
+KINDS = [events, wide, code_sequences, physionet2012, physionet2019, omop]
 PIECES = [b"\0", b'"', b"\n", b"\r", b"\xc3", b",", b"|", b"\xff\xfe", b"-", b"9" * 30, b"1e400", b" ", b"T", b"Z", b""]
 
 
-@pytest.mark.parametrize("make", [wide, code_sequences, physionet2012, physionet2019, omop])
+@pytest.mark.parametrize("make", KINDS)
 def test_an_extract_as_it_should_be_is_converted(make: Callable[[Path], dict[str, Any]], tmp_path: Path) -> None:
     """Before damage, each of these extracts gives events."""
     convert_to(tmp_path / "out", **make(tmp_path))
     assert len(events_of(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("make", [wide, code_sequences, physionet2012, physionet2019, omop])
+@pytest.mark.parametrize("make", KINDS)
 @settings(deadline=None, max_examples=25)
 @given(data=st.data())
 def test_a_damaged_extract_gives_events_or_one_clear_error(
     make: Callable[[Path], dict[str, Any]], data: st.DataObject
 ) -> None:
-    """Bytes cut, replaced or put in anywhere, and files that are emptied, end in events or in one line of ours, with
-    nothing of a patient in it, not even the name of a file that is named after one; and nothing is left on the disk.
+    """Bytes cut, replaced or put in anywhere, and files that are emptied, end in events or in one line of the command,
+    with nothing of a patient in it, not even the name of a file that is named after one; and nothing is left.
     """
     with tempfile.TemporaryDirectory(prefix="wardround") as name:
         place = Path(name)
@@ -94,11 +101,25 @@ def test_a_damaged_extract_gives_events_or_one_clear_error(
             first, last = sorted(data.draw(st.tuples(*[st.integers(0, len(content))] * 2), label="from, to"))
             length = data.draw(st.sampled_from([0, 1, last - first]), label="removed")
             path.write_bytes(content[:first] + data.draw(st.sampled_from(PIECES)) + content[first + length :])
-        try:
-            convert_to(place / "out", **keys)
-            events_of(place / "out")
-        except WardroundError as error:
-            message = str(error).replace(name, "")
-            assert "\n" not in message
-            assert not [secret for secret in SECRETS if secret in message]
-            assert sorted(path for path in place.rglob("*") if path.is_file()) == before
+        read_or_refused(place, SECRETS, **keys)
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_an_empty_or_broken_file_is_read_or_refused(make: Callable[[Path], dict[str, Any]], tmp_path: Path) -> None:
+    """Each file in turn: nothing, a line end, a BOM, the names of the columns alone; one patient; a NUL byte, which is
+    always refused, at whichever end of the file.
+    """
+    make(tmp_path)
+    names = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+    for number, name in enumerate(names):
+        whole = (tmp_path / name).read_bytes()
+        lines = whole.splitlines(keepends=True)
+        broken = [b"", b"\n", b"\xef\xbb\xbf", lines[0], lines[0].rstrip(), b"".join(lines[:2])]
+        nul = [b"\0" + whole, whole[:-2] + b"\0" + whole[-2:], whole + b"\0", whole.decode().encode("utf-16")]
+        for case, content in enumerate([*broken, *nul]):
+            place = tmp_path / f"{number}-{case}"
+            place.mkdir()
+            keys = make(place)
+            (place / name).write_bytes(content)
+            read = read_or_refused(place, SECRETS, **keys)
+            assert not (read and content in nul)
