@@ -127,12 +127,12 @@ class TestFollowed:
         events = [int(text.split(": ")[1].split()[0].replace(",", "")) for text in followed.texts("client convert")]
         assert sum(events) == 1_943_790
         for site in SITES:
+            stay = (pl.col("prediction_time") - datetime(2000, 1, 1)).dt.total_days() // 30
             ours, theirs = (
-                pl.read_parquet(folder / "labels" / "readmit_30d_each_visit.parquet").select(
-                    "subject_id", (pl.col("prediction_time") - datetime(2000, 1, 1)).dt.total_days() // 30, *columns
+                pl.read_parquet(folder / site / "labels" / "readmit_30d_each_visit.parquet").select(
+                    "subject_id", stay, "boolean_value"
                 )
-                for folder in (followed.folder / "meds" / site, DATA / "meds" / site)
-                for columns in [["boolean_value"]]
+                for folder in (followed.folder / "meds", DATA / "meds")
             )
             assert ours.sort(ours.columns).equals(theirs.sort(theirs.columns))
 
@@ -152,6 +152,7 @@ class TestFollowed:
         ]
 
     def test_every_budget_shows_what_was_spent(self, followed: Followed) -> None:
-        """Each hospital's own ledger names the study and a price of at most 3."""
+        """Each hospital's own ledger names the study, whose price is epsilon 3 of its 3."""
         for text in followed.texts("client budget"):
             assert "diabetes130" in text
+            assert re.search(r"epsilon (2\.9\d\d|3\.000) charged .* left of 3 at delta 1e-05", text)
