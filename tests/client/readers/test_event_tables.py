@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import os
+import subprocess
+import sys
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from common.schema import SPLITS
 from tests.client.readers.extracts import convert_to, events_of, terms_of
 from tests.common.plain_sequences import SCHEMA
 
-DATA = Path(os.environ.get("WARDROUND_DATA", Path(__file__).parents[4] / "shared" / "data"))
+ROOT = Path(__file__).resolve().parents[3]
+DATA = Path(os.environ.get("WARDROUND_DATA", ROOT.parent / "shared" / "data"))
 EVENTS_CSV = DATA / "diabetes130" / "csv" / "events.csv.gz"
 PATIENT = 987654321  # would be seen in a message
 TABLE = {"files": "labs.csv", "patient": "pid", "time": "when", "code": "item", "value": "result"}
@@ -257,3 +260,28 @@ def test_real_event_table_of_one_site_has_the_events_of_its_meds_form(tmp_path: 
         return events.with_columns(visit=visit).select(columns).sort(columns)
 
     assert visits(ours).equals(visits(theirs))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", ["events", "folder"])
+@pytest.mark.skipif(not EVENTS_CSV.is_file(), reason=f"{EVENTS_CSV} is absent")
+def test_two_million_events_take_less_than_their_memory(way: str) -> None:
+    """1,943,790 rows of CSV.gz, read or written as a MEDS folder in a process of its own, peak below 1.5 GB."""
+    command = [sys.executable, "-m", "tests.benchmarks.read_raw", "--data", str(DATA), "--here", way]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=True)
+    events, _, _, peak = map(float, done.stdout.split())
+    assert events == 1_943_790
+    assert peak < 1500 * 1e6 / 2**20
+
+
+def test_only_goes_with_labels_and_splits_too(tmp_path: Path) -> None:
+    """Of one file that holds several hospitals, the labels and splits of other hospitals' patients are not read."""
+    (tmp_path / "labs.csv").write_text("pid,when,item,result,site\n1,2024-01-01,HR,80,a\n2,2024-01-01,HR,80,b\n")
+    (tmp_path / "l.csv").write_text("pid,at,died,split,site\n1,2024-01-02,1,train,a\n2,2024-01-02,0,nowhere,b\n")
+    mine = {"files": "l.csv", "patient": "pid", "only": {"site": "a"}}
+    labels = {"died": {**mine, "time": "at", "label": "died"}}
+    table = {**TABLE, "only": {"site": "a"}}
+    done = convert_to(tmp_path / "out", kind="events", tables=[table], labels=labels, splits=mine)
+    assert (done.patients, done.labels) == (1, {"died": 1})
+    splits = pl.read_parquet(tmp_path / "out/metadata/subject_splits.parquet")
+    assert splits.rows() == [(1, "train")]

@@ -137,3 +137,12 @@ def test_a_sequence_of_ten_thousand_codes_is_read_whole(tmp_path: Path) -> None:
     assert convert_to(tmp_path / "out", **CODES).events == 10_000
     gaps = events_of(tmp_path / "out")["time"].diff().drop_nulls().dt.total_days()
     assert gaps.unique().to_list() == [1]
+
+
+def test_only_goes_with_every_table(tmp_path: Path) -> None:
+    """Rows of another hospital are not read, in a grid or in code sequences."""
+    (tmp_path / "grid.csv").write_text("pid,hour,hr,ward\n1,0,80,a\n2,0,90,b\n")
+    grid = {"kind": "wide", "files": "grid.csv", "patient": "pid", "time": WIDE["time"], "values": {"hr": "HR"}}
+    assert convert_to(tmp_path / "one", **grid, only={"ward": "a"}).patients == 1
+    (tmp_path / "codes.csv").write_text("pid,history,ward\n7,I10,a\n7,E11,b\n")
+    assert convert_to(tmp_path / "two", **CODES, only={"ward": "a"}).events == 1
