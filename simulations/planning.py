@@ -49,16 +49,16 @@ class Setup:
         settings: what the sweep changed, as the rows will say.
         directories: MEDS directory of every site that trains or is scored.
         scored: sites on whose held-out patients is scored.
-        splits: which of their patients are held out: all of a site that is left out.
         records: fingerprint of real records; "" for synthetic ones, which follow from study and seed.
+        splits: which patients of the scored sites are held out: all of a site that is left out.
     """
 
     study: Study
     settings: dict[str, Setting] = field(default_factory=dict)
     directories: dict[str, Path] = field(default_factory=dict)
     scored: tuple[str, ...] = ()
-    splits: tuple[str, ...] = (HELD_OUT,)
     records: str = ""
+    splits: tuple[str, ...] = (HELD_OUT,)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from common.errors import ConfigurationError
+from common.schema import SPLITS
 from common.study import load_study
 from simulations.planning import Job, plan_jobs
 from simulations.sweep import load_sweep
@@ -95,6 +96,8 @@ def test_one_site_left_out(tmp_path: Path) -> None:
         ("alone: east", ["east"], ("north",)),
     ]
     assert jobs[0].setup.settings == {"leave_out": "east"}
+    assert {job.setup.splits for job in jobs} == {SPLITS}
+    assert {job.setup.splits for job in jobs_of(tmp_path / "nobody", lines=["logistic"])} == {("held_out",)}
     assert all(set(job.setup.directories) == {"east", "north"} for job in jobs)
 
 
