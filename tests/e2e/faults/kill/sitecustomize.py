@@ -47,7 +47,7 @@ def moment(name: str) -> None:
     for pid in [pids[victim]() for victim in victims]:
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-    if "parent" in victims:
+    if {"self", "parent"} & set(victims):  # nothing more is done here; kernels differ in how soon a process is gone
         threading.Event().wait()
 
 
