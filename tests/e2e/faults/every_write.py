@@ -414,21 +414,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--every", type=int, default=1, help="only each so-many-th write")
     arguments = parser.parse_args()
-    labels = writes(study_of(arguments.rounds, 1))
-    kinds: Counter[str] = Counter()
-    for spares in (1, 0):
-        study, began, stopped = study_of(arguments.rounds, spares), time.monotonic(), 0
-        points = list(enumerate(zip(labels, costs(labels), strict=True)))[:: arguments.every]
-        for point, (label, cost) in points:
-            try:
-                stopped += die_at(point, study, cost).stopped is not None
-            except AssertionError as error:
-                raise AssertionError(f"killed {label} (write {point} of {len(labels)})") from error
-            kinds[label.partition(":")[0]] += 1
-        print(
-            f"{len(points)} studies of {arguments.rounds} rounds with {spares} spare: {len(points) - stopped} "
-            f"completed, {stopped} stopped with a code, {time.monotonic() - began:.0f} s"
-        )
+    began, labels = time.monotonic(), writes(study_of(arguments.rounds, 1))
+    points = list(enumerate(zip(labels, costs(labels), strict=True)))[:: arguments.every]
+    studies = {spares: study_of(arguments.rounds, spares) for spares in (0, 1)}
+    stopped = 0
+    for done, (point, (label, cost)) in enumerate(points, start=1):
+        try:
+            assert die_at(point, studies[cost], cost).stopped is None
+            if cost:
+                stopped += die_at(point, studies[0], cost).stopped is not None
+        except AssertionError as error:
+            raise AssertionError(f"killed {label} (write {point} of {len(labels)})") from error
+        if done % 20 == 0 or done == len(points):
+            print(
+                f"{done} of {len(points)} writes, studies of {arguments.rounds} rounds: {done} completed with exactly "
+                f"the spare steps that the death must cost, {stopped} without them stopped with a code; "
+                f"{time.monotonic() - began:.0f} s; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
+                flush=True,
+            )
+    kinds = Counter(label.partition(":")[0] for _, (label, _) in points)
     print("deaths while writing:", ", ".join(f"{kind} {count}" for kind, count in kinds.items()))
 
 
