@@ -117,6 +117,9 @@ class Trainer:
     def answer(self, message: Message, node: int) -> Message | None:
         """The site's reply, or None if there is none because the child failed or ended."""
         try:
+            if self._process is not None and not self._process.is_alive():  # killed since its last answer
+                log.error("the training process ended %s; a new one is started", self._cause())
+                self.stop()
             if self._process is None:
                 self.start()
             assert self._pipe is not None

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import threading
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -118,3 +121,31 @@ def test_a_ledger_that_cannot_be_held_is_named(monkeypatch: pytest.MonkeyPatch) 
     busy = _Reopened(LedgerError("ledger.db: another process writes to this ledger; stop it first"))
     said = _worked(monkeypatch, busy)
     assert said[1] == trainer._Failed("ledger.db: another process writes to this ledger; stop it first")
+
+
+def test_a_child_that_died_between_rounds_is_replaced_before_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A child that nobody needed when it was killed costs no round: the message goes to the new one."""
+    trainer = Trainer(tmp_path / "site.yaml")
+    lives = [SimpleNamespace(is_alive=alive, exitcode=-9) for alive in (lambda: False, lambda: True)]
+    for life in lives:
+        life.kill = life.close = lambda: None
+        life.join = lambda _seconds=None: None
+        life.sentinel = os.open(os.devnull, os.O_RDONLY)
+    ends: list[Connection] = []
+
+    def start() -> Ready:
+        ours, theirs = multiprocessing.Pipe()
+        trainer._process, trainer._pipe = lives.pop(0), ours
+        if lives:
+            theirs.close()  # dead
+        else:
+            theirs.send("the reply")
+            ends.append(theirs)
+        return Ready("s", 1, ())
+
+    monkeypatch.setattr(trainer, "start", start)
+    trainer.start()
+    assert trainer.answer("message", 1) == "the reply"  # type: ignore[arg-type]  # as the pipe carries anything
+    trainer.stop()
