@@ -26,7 +26,7 @@ from common.weights import to_bytes
 from server import evaluation, progress
 from server.certificates import RENEW_DAYS, days_left
 from server.checkpoint import Checkpoint, load, save
-from server.files import held, write_atomically
+from server.files import held, remove_unfinished, write_atomically
 from server.folder import ServerFolder, read_certificate
 from server.grid import LOOK, FleetGrid, Presence, StoppedError
 from server.participation import QuorumError
@@ -61,6 +61,8 @@ def serve(folder: ServerFolder, *, resume: bool, plaintext: bool = False, tell: 
             "server.yaml, or leave the flag out"
         )
     with held(folder.state / "lock", str(folder.path)):
+        for written in (folder.checkpoint, folder.state / "now.json", folder.path / "weights.safetensors"):
+            remove_unfinished(written)
         start = load(folder.checkpoint, folder.terms.study)  # nobody else writes a newer one meanwhile
         if start.round_number and not resume:
             raise ConfigurationError(

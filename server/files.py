@@ -43,6 +43,12 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644, durable: 
         raise _unwritable(path, error) from None
 
 
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed processes have left of writing `path`; for the one process that writes it."""
+    for half in path.parent.glob(f".{path.name}.*"):
+        half.unlink(missing_ok=True)
+
+
 def append_line(path: Path, line: str) -> None:
     """Add a line and bring it to disk. Raises WardroundError: the disk is full, or the file not ours."""
     try:
