@@ -99,7 +99,7 @@ def checkpoint(_module: ModuleType) -> None:
             moment("checkpointing")
         return replace(self, target)
 
-    Path.replace = replaced  # type: ignore[method-assign,assignment]
+    Path.replace = replaced  # type: ignore[method-assign,assignment]  # in this process alone
 
 
 HOOKS: dict[str, Callable[[ModuleType], None]] = {
@@ -133,7 +133,7 @@ class Hooking(importlib.abc.MetaPathFinder):
             load(module)
             hook(module)
 
-        spec.loader.exec_module = executed  # type: ignore[method-assign]
+        spec.loader.exec_module = executed  # type: ignore[method-assign]  # this one loader
         return spec
 
 
