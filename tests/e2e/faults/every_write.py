@@ -101,7 +101,7 @@ def watched(tick: Tick) -> Callable[..., sqlite3.Connection]:
 
     class Watched(sqlite3.Connection):
         def execute(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
-            word = statement.partition(" VALUES")[0].partition(" WHERE")[0].partition("(")[0]
+            word = statement.strip().partition(" VALUES")[0].partition(" WHERE")[0].partition("(")[0]
             if word.startswith(("SELECT", "PRAGMA")) and not any(pragma in word for pragma in WRITING):
                 return super().execute(statement, *arguments)
             tick(f"before {word}")
