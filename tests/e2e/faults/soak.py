@@ -108,7 +108,7 @@ def recover(stage: Stage, at: float, soak: Soak) -> None:
     """Start again what was killed, and wait for the next round; the study may have ended with that very round."""
     stage.start_what_was_killed()
     if not stage.finished:
-        if len(stage.rounds) == stage.study.training.rounds:  # killed after the last round, before the weights
+        if stage.rounds[-1]["round"] == stage.study.training.rounds:  # killed after the last round, before the weights
             return
         soak.seconds.append(next_round(stage, at, PATIENCE))
 
