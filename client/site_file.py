@@ -87,6 +87,8 @@ class SiteFile(Terms):
         records: MEDS directory with the site's own records.
         format: what the raw extract looks like from which `wardround client convert` writes such a directory.
         label_codes: this site's codes for the words of a task file; `wardround client label` needs them.
+        code_map: file by which this site's codes count as the study's (`wardround client map-codes` proposes it, a
+            person confirms each entry); it is applied wherever a study reads the records, and stays here.
         splits: which of its patients train.
         exclude: file with the patients who opted out: one column `subject_id`; they are dropped before anything else.
         policy: this site's own limits; they win over the study.
@@ -106,6 +108,7 @@ class SiteFile(Terms):
     records: str
     format: Format | None = None
     label_codes: LabelCodes | None = None
+    code_map: str | None = None
     splits: tuple[Literal["train", "tuning"], ...] = Field(default=("train",), min_length=1)
     exclude: str | None = None
     policy: Policy
@@ -137,7 +140,8 @@ def load_site_file(path: Path) -> SiteFile:
     def absolute(name: str | None) -> str | None:
         return None if name is None else str(base / Path(name).expanduser())
 
-    named = {key: absolute(getattr(site, key)) for key in ("study", "records", "exclude", "state", "ledger", "anchor")}
+    paths = ("study", "records", "code_map", "exclude", "state", "ledger", "anchor")
+    named = {key: absolute(getattr(site, key)) for key in paths}
     server = site.server.model_copy(update={"ca": absolute(site.server.ca)})
     return site.model_copy(update={**named, "server": server})
 

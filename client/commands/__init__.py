@@ -2,7 +2,7 @@
 
 import typer
 
-from client.commands import budget, check, convert, enrol, keygen, label, leave, predict, recalibrate, run
+from client.commands import budget, check, convert, enrol, keygen, label, leave, map_codes, predict, recalibrate, run
 
 app = typer.Typer(
     name="client",
@@ -12,6 +12,7 @@ app = typer.Typer(
 )
 app.command("convert")(convert.command)
 app.command("label")(label.command)
+app.command("map-codes")(map_codes.command)
 app.command("keygen")(keygen.command)
 app.command("check")(check.command)
 app.command("enrol")(enrol.command)

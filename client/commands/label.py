@@ -15,9 +15,10 @@ def command(
     task_file: Annotated[Path, typer.Argument(metavar="TASK.yaml", help="The task, as the coordinator gave it.")],
     site_file: SiteArgument,
 ) -> None:
-    """Make the label file of TASK.yaml from the records of SITE.yaml, by the site's `label_codes`."""
+    """Make the label files of TASK.yaml from the records of SITE.yaml, by the site's `label_codes` and `code_map`."""
     from client.labels.terms import TaskFile
     from client.labels.write import write_labels
+    from client.mapping import code_map_of
     from client.readers.meds import MedsDirectory
     from client.site_file import load_site_file, study_of
     from common.errors import ConfigurationError
@@ -27,8 +28,8 @@ def command(
     task, site = load(task_file, TaskFile), load_site_file(site_file)
     if site.label_codes is None:
         raise ConfigurationError(f"{site_file}: has no `label_codes`, so nobody knows what an admission is; add it")
-    done = write_labels(MedsDirectory(Path(site.records)), task, site.label_codes, study_of(site).features)
-    typer.echo(f"{done.path}: {done.rows:,} labels of {done.patients:,} patients, {done.positives:,} positive")
-    for reason, count in sorted(done.left_out.items()):
+    records, schema = MedsDirectory(Path(site.records)), study_of(site).features
+    for done in write_labels(records, task, site.label_codes, schema, code_map_of(site, schema)):
+        typer.echo(f"{done.path}: {done.rows:,} labels of {done.patients:,} patients, {done.positives:,} positive")
+    for reason, count in sorted(done.left_out.items()):  # the same for every file of a task: the stays are the same
         typer.echo(f"left out: {count:,} {reason}")
-    typer.echo("These are counts of your patients: they are for this hospital alone.")

@@ -24,7 +24,8 @@ import numpy as np
 import polars as pl
 
 from client.readers.meds import MedsDirectory
-from client.readers.optouts import WithoutOptouts, read_optouts
+from client.readers.optouts import read_optouts
+from client.readers.own import open_records
 from client.site_file import SiteFile
 from common.errors import DataError
 from common.events import VALUE, Coverage, fate, known_codes
@@ -166,22 +167,21 @@ class OptedOut:
     here: int
 
 
-def opened(site: SiteFile) -> tuple[MedsDirectory, OptedOut | None]:
+def opened(site: SiteFile, schema: FeatureSchema) -> tuple[MedsDirectory, OptedOut | None]:
     """The records as training reads them. Raises DataError."""
-    root = Path(site.records)
+    directory = open_records(site, schema)
     if site.exclude is None:
-        return MedsDirectory(root), None
-    excluded = read_optouts(Path(site.exclude))
-    return WithoutOptouts(root, excluded), _opted_out(MedsDirectory(root), excluded)
+        return directory, None
+    return directory, _opted_out(directory, read_optouts(Path(site.exclude)))
 
 
-def _opted_out(everybody: MedsDirectory, excluded: pl.Series) -> OptedOut:
-    shards = [pl.scan_parquet(shard, glob=False).select(SUBJECT_ID) for shard in everybody.shards]
+def _opted_out(directory: MedsDirectory, excluded: pl.Series) -> OptedOut:
+    shards = [pl.scan_parquet(shard, glob=False).select(SUBJECT_ID) for shard in directory.shards]
     try:
         here = pl.concat(shards).filter(pl.col(SUBJECT_ID).is_in(excluded.implode()))
         return OptedOut(len(excluded), int(here.select(pl.col(SUBJECT_ID).n_unique()).collect().item()))
     except pl.exceptions.PolarsError as error:  # its text may quote the file's content
-        raise DataError(f"{everybody.data}: cannot be read ({type(error).__name__}); write the files again") from None
+        raise DataError(f"{directory.data}: cannot be read ({type(error).__name__}); write the files again") from None
 
 
 def events_of(directory: MedsDirectory, schema: FeatureSchema) -> Events:

@@ -20,6 +20,7 @@ import polars as pl
 
 from client.inspection import facts
 from client.inspection.facts import Events, Lengths, OptedOut, Outcome
+from client.mapping import CodeMap, code_map_of
 from client.site_file import SiteFile
 from client.state import StateFolder
 from common.errors import ConfigurationError, WardroundError
@@ -112,9 +113,11 @@ class Inspection:
 def inspect(site: SiteFile, study: Study, state: StateFolder) -> Inspection:
     """Look at everything, offline; nothing is changed but the split key, made on first use.
 
-    A fault of the records is a finding, not an error, so that one run names all that can be named.
+    A fault of the records is a finding, not an error, so that one run names all that can be named. Raises
+    ConfigurationError where the site's code map cannot be used.
     """
     found = Inspection()
+    code_map = code_map_of(site, study.features)  # a fault in it is one of the site's settings: an error, no finding
     with found.asking("policy") as answer:
         site.policy.check(study)
         answer("policy", True, "within every limit")
@@ -122,9 +125,9 @@ def inspect(site: SiteFile, study: Study, state: StateFolder) -> Inspection:
         answer("budget", True, _budget(site, study, state))
     directory: MedsDirectory | None = None
     with found.asking("opt-outs") as answer:
-        directory, found.opted_out = facts.opened(site)
+        directory, found.opted_out = facts.opened(site, study.features)
         answer("opt-outs", True, _opted_out(found.opted_out))
-    _look_at_events(found, directory, study)
+    _look_at_events(found, directory, study, code_map)
     usable = directory if found.events is not None else None
     rows = _look_at_labels(found, usable, site, study, state)
     _look_for_leaks(found, usable, rows, study)
@@ -165,7 +168,7 @@ def _opted_out(found: OptedOut | None) -> str:
     return f"{found.listed} patients are listed, {found.here} of them have records here and are left out"
 
 
-def _look_at_events(found: Inspection, directory: MedsDirectory | None, study: Study) -> None:
+def _look_at_events(found: Inspection, directory: MedsDirectory | None, study: Study, code_map: CodeMap) -> None:
     with found.asking("events", "codes", "units") as answer:
         if directory is None:
             return
@@ -178,7 +181,7 @@ def _look_at_events(found: Inspection, directory: MedsDirectory | None, study: S
             "codes",
             enough,
             f"{share:.1%} of events carry a code of the schema; {recorded} of its {len(events.measured)} numbers and "
-            f"{events.listed_seen} of its {study.features.n_codes} listed codes occur",
+            f"{events.listed_seen} of its {study.features.n_codes} listed codes occur{code_map.said}",
         )
         doubtful = [one.code for one in events.measured if _doubtful(one)]
         shown = f"{', '.join(doubtful)}: compare units and codes with the feature file"

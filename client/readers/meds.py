@@ -1,7 +1,8 @@
 """A MEDS 0.4 directory -> the records of one split.
 
     ROOT/data/**/*.parquet               events, in any number of shards
-    ROOT/labels/TASK.parquet             one row per (patient, prediction time)
+    ROOT/labels/TASK.parquet             one row per (patient, prediction time), or
+    ROOT/labels/TASK/**/*.parquet        the same in any number of shards, as ACES writes it
     ROOT/metadata/subject_splits.parquet optional: patient -> train, tuning or held_out
 
 Nothing is written. Every fault of the directory is one `DataError` naming file, column, count and remedy.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -29,12 +31,14 @@ import numpy as np
 import polars as pl
 from meds.schema import data_subdirectory, subject_splits_filepath
 
+from client.mapping import renamed
 from common.errors import ConfigurationError, DataError
 from common.events import Coverage, checked_labels, survey, typed_events
-from common.schema import HELD_OUT, SPLIT, SPLITS, SUBJECT_ID, TRAIN, TUNING, FeatureSchema
+from common.schema import CODE, HELD_OUT, SPLIT, SPLITS, SUBJECT_ID, TRAIN, TUNING, FeatureSchema
 from common.sequences import Sequences, build
 
 LABELS = "labels"  # MEDS leaves the place of label files open; ACES and MEDS-DEV write them here
+PARQUETS = "**/*.parquet"
 MIN_KEY_BYTES = 16
 _SHARES = ((TRAIN, 0.70), (TUNING, 0.85), (HELD_OUT, 1.0))  # cumulative
 
@@ -75,23 +79,29 @@ def split_by_key(subjects: pl.Series, key: bytes) -> pl.DataFrame:
 
 
 class MedsDirectory:
-    """A MEDS directory that was found to have event files; their content is checked when it is read."""
+    """A MEDS directory that was found to have event files; their content is checked when it is read.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    Args:
+        root: the folder.
+        counts_as: code of the site -> code as which it is read, everywhere; all at once, so nothing is renamed twice.
+    """
+
+    def __init__(self, root: Path, counts_as: Mapping[str, str] | None = None) -> None:
+        self.root, self._counts_as = root, dict(counts_as or {})
         self.data = root / data_subdirectory
-        self.shards = sorted(self.data.glob("**/*.parquet"))
+        self.shards = sorted(self.data.glob(PARQUETS))
         if not self.shards:
             raise DataError(f"{self.data}: no *.parquet file; a MEDS directory keeps its events there, check the path")
 
     @property
     def tasks(self) -> list[str]:
-        """Tasks that have a label file."""
-        return sorted(path.stem for path in (self.root / LABELS).glob("*.parquet"))
+        """Tasks that have a label file, or a folder of them."""
+        files = {path.stem for path in (self.root / LABELS).glob("*.parquet")}
+        return sorted(files | {path.name for path in (self.root / LABELS).glob("*/") if any(path.glob(PARQUETS))})
 
     def events(self, schema: FeatureSchema) -> pl.LazyFrame:
         """All events, lazily. Raises DataError where a shard's columns are missing or of another type."""
-        return pl.concat([typed_events(_scan(shard), schema, str(shard)) for shard in self.shards])
+        return pl.concat([self._shard_events(shard, schema) for shard in self.shards])
 
     def coverage(self, schema: FeatureSchema) -> Coverage:
         """What becomes of the events under `schema` (for the site's eyes). Reads every shard once.
@@ -104,11 +114,27 @@ class MedsDirectory:
         """The task's label rows, checked and sorted by patient and prediction time."""
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", task):
             raise ConfigurationError(f"task {task!r} is not a plain name; use letters, digits, `_`, `-` and `.`")
-        path = self.root / LABELS / f"{task}.parquet"
-        if not path.is_file():
+        place, shards = self._label_files(task)
+        if place.is_file():
+            return checked_labels(_read(place), str(place))
+        read = [(shard, _read(shard)) for shard in shards]
+        parts = [checked_labels(part, str(shard)) for shard, part in read if len(part)]  # a shard may hold nobody
+        if not parts:
+            raise DataError(
+                f"{place}: no label row in {len(shards)} files; write at least one per patient of the study"
+            )
+        return checked_labels(pl.concat(parts), str(place))
+
+    def _label_files(self, task: str) -> tuple[Path, list[Path]]:
+        """Where the labels of a task are, and their files: the file alone, or all of a folder."""
+        file, folder = self.root / LABELS / f"{task}.parquet", self.root / LABELS / task
+        shards = sorted(folder.glob(PARQUETS))
+        if file.is_file() and shards:
+            raise DataError(f"{file}: task {task} has this file and the folder {folder}; keep the one that is meant")
+        if not file.is_file() and not shards:
             here = ", ".join(self.tasks) or "none"
-            raise DataError(f"{path}: no label file for task {task}; tasks found: {here}; add the file")
-        return checked_labels(_read(path), str(path))
+            raise DataError(f"{file}: no label file for task {task}; tasks found: {here}; add the file")
+        return (file, [file]) if file.is_file() else (folder, shards)
 
     def splits(self, subjects: pl.Series, split_key: bytes | None = None) -> pl.DataFrame:
         """The split of each of `subjects` (Int64 ids): columns subject_id and split.
@@ -158,12 +184,16 @@ class MedsDirectory:
             max_steps=max_steps,
             bin_hours=bin_hours,
             source=str(self.data),
-            label_source=str(self.root / LABELS / f"{task}.parquet"),
+            label_source=str(self._label_files(task)[0]),
             coverage=self.coverage(schema),
         )
 
-    def _shard_coverage(self, shard: Path, schema: FeatureSchema) -> Coverage:
+    def _shard_events(self, shard: Path, schema: FeatureSchema) -> pl.LazyFrame:
         typed = typed_events(_scan(shard), schema, str(shard))
+        return typed.with_columns(renamed(pl.col(CODE), self._counts_as))
+
+    def _shard_coverage(self, shard: Path, schema: FeatureSchema) -> Coverage:
+        typed = self._shard_events(shard, schema)
         try:
             return survey(typed, schema, str(shard))
         except pl.exceptions.PolarsError as error:

@@ -6,6 +6,7 @@ split and no cohort size. A label file is checked as a whole first, so a broken 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import polars as pl
@@ -50,8 +51,8 @@ def read_optouts(path: Path) -> pl.Series:
 class WithoutOptouts(MedsDirectory):
     """A MEDS directory as if the patients of `excluded` had never been in it."""
 
-    def __init__(self, root: Path, excluded: pl.Series) -> None:
-        super().__init__(root)
+    def __init__(self, root: Path, excluded: pl.Series, counts_as: Mapping[str, str] | None = None) -> None:
+        super().__init__(root, counts_as)
         self._stays = ~pl.col(SUBJECT_ID).is_in(excluded.implode()).fill_null(False)  # a missing id is refused later
 
     def events(self, schema: FeatureSchema) -> pl.LazyFrame:
