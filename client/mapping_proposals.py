@@ -85,12 +85,11 @@ class Targets:
     def __init__(self, codes: Iterable[str], containing: Iterable[str], study: About) -> None:
         every, listed = list(dict.fromkeys(codes)), list(dict.fromkeys(containing))
         self._codes, self._listed, self._study = set(every), set(listed), study
+        of_icd = icd_of(every)  # these need a heading: B12 is also a vitamin
         self._written = _unique((_written(code), code) for code in every)
-        self._named = _unique((_written(_parts(code)[-1]), code) for code in every)
+        self._named = _unique((_written(_parts(code)[-1]), code) for code in every if code not in of_icd)
         self._worded = _unique((key, code) for code in every for key in _keys(code, study.means.get(code)))
-        self._icd = _unique(
-            ((version, one.name), code) for code, one in icd_of(every).items() for version in one.versions
-        )
+        self._icd = _unique(((version, one.name), code) for code, one in of_icd.items() for version in one.versions)
 
     @classmethod
     def of(cls, schema: FeatureSchema, study: About) -> Targets:
