@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 NINE, TEN = 9, 10
-_DIAGNOSES = re.compile("icd|diag|dx|condition|cim", re.IGNORECASE)
+_DIAGNOSES = re.compile("icd|diag|dx|cim|condition/source", re.IGNORECASE)
+_OF_LETTERS = re.compile("(condition)?", re.IGNORECASE)  # below CONDITION, OMOP has concept ids, which are digits
 _STATED = re.compile(r"(?<!\d)(9|10)(?!\d)")
 _NINTH = re.compile(r"[0-9]{3,5}|V[0-9]{2,4}|E[0-9]{3,4}")
 _TENTH = re.compile(r"[A-Z][0-9][0-9A-Z]{1,5}")
@@ -34,14 +35,15 @@ class Icd:
 def icd(code: str) -> Icd | None:
     """What a code is in ICD; None if it is not one, or does not say that it is a diagnosis.
 
-    A name alone, without a heading such as `DIAG//`, counts if it begins with a letter.
+    Without such a heading, a name alone or below CONDITION counts if it begins with a letter.
     """
-    *heading, last = re.split("/+", code)
+    *parts, last = re.split("/+", code)
+    heading = "/".join(parts)
     before, _, after = last.strip().upper().partition(".")
     name = (before.zfill(3) if before.isdigit() else before) + after
-    if not (_DIAGNOSES.search("/".join(heading)) if heading else before[:1].isalpha()):
+    if not (_DIAGNOSES.search(heading) or (_OF_LETTERS.fullmatch(heading) and before[:1].isalpha())):
         return None
-    stated = {int(version) for version in _STATED.findall("/".join(heading))}
+    stated = {int(version) for version in _STATED.findall(heading)}
     shapes = {version for version, shape in ((NINE, _NINTH), (TEN, _TENTH)) if shape.fullmatch(name)}
     versions = shapes & stated if stated else shapes
     return Icd(name, frozenset(versions)) if versions else None

@@ -38,6 +38,9 @@ SITE = About(
         (NINE, "DIAGNOSIS//ICD//9//008", ("exact", "DIAG//8")),
         (NINE, "DIAGNOSIS//ICD//9//25083", ("parent", "DIAG//250")),
         (NINE, "DX//250.83", ("parent", "DIAG//250")),
+        (NINE, "CONDITION//SOURCE//25083", ("parent", "DIAG//250")),
+        (NINE, "CONDITION//25083", None),  # a concept of OMOP
+        (TEN, "CONDITION//E11.9", ("parent", "ICD10//E11")),
         (NINE, "DX//E888.1", ("parent", "DIAG//E888")),
         (NINE, "DIAGNOSIS//ICD//10//E888", None),  # another version: other things have these names
         (NINE, "DIAGNOSIS//ICD//10//V58", None),
