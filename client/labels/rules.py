@@ -95,7 +95,7 @@ def _readmission(stay: Stay, patient: Patient, label: Readmission, until: dateti
     if stay.end is None:
         return NO_END
     death = first_after(patient.deaths, stay.start)
-    if death is not None and death <= stay.end + timedelta(hours=label.grace_hours):
+    if stay.died or (death is not None and death <= stay.end + timedelta(hours=label.grace_hours)):
         return DIED
     last = stay.end + timedelta(days=label.within_days)
     horizon = max(last, stay.end + timedelta(hours=label.grace_hours))

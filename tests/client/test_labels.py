@@ -153,17 +153,19 @@ def test_every_stay_has_a_label_or_is_counted(times: Any, label: Any, until: dat
 @SETTINGS
 @given(times=patients)
 def test_stays_follow_each_other(times: Any) -> None:
-    """Stays do not overlap, begin with an admission, end with the first discharge or death after it."""
+    """Stays do not overlap, begin with an admission, end with the first discharge or death that is left to them."""
     who = patient(times)
     stays = stays_of(who)
-    for stay in stays:
-        ends = sorted(time for time in [*who.discharges, *who.deaths] if time > stay.start)
+    for before, stay in zip([None, *stays], stays, strict=False):
+        taken = before is not None and before.end == stay.start
+        ends = sorted(t for t in [*who.discharges, *who.deaths] if t > stay.start or (t == stay.start and not taken))
         assert stay.start in who.admissions
         assert stay.end == (ends[0] if ends else None)
         assert stay.died == (stay.end in who.deaths)
     for one, next_one in pairwise(stays):
         assert one.end is not None
         assert one.end <= next_one.start
+        assert one.start < next_one.start
 
 
 FAR = at(10_000)
@@ -251,6 +253,14 @@ def test_a_death_soon_after_the_discharge_is_no_missed_readmission() -> None:
     """Where deaths are dates, at 23:59:59, one on the day of the discharge ended the stay."""
     label = Readmission(kind="readmission", within_days=30, grace_hours=24)
     assert rows(patient(([0], [10], [11])), label, FAR) == ([], Counter({DIED: 1}))
+
+
+def test_a_stay_of_no_time_does_not_run_into_the_next_one() -> None:
+    """Admission and discharge at one moment, as by date, are a stay; a discharge that ends a stay ends no other."""
+    assert stays_of(patient(([5, 5, 50], [5, 60], []))) == [Stay(at(5), at(5)), Stay(at(50), at(60))]
+    assert stays_of(patient(([0, 5], [5, 60], []))) == [Stay(at(0), at(5)), Stay(at(5), at(60))]
+    assert stays_of(patient(([5], [], [5]))) == [Stay(at(5), at(5), died=True)]
+    assert rows(patient(([5], [], [5])), AGAIN, FAR) == ([], Counter({DIED: 1}))
 
 
 def test_an_admission_written_twice_is_one_stay() -> None:
