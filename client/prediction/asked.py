@@ -26,7 +26,8 @@ from meds.schema import subject_splits_filepath
 from numpy.typing import NDArray
 
 from client.readers.meds import LABELS, MedsDirectory
-from client.readers.optouts import WithoutOptouts, read_optouts
+from client.readers.optouts import read_optouts
+from client.readers.own import open_records
 from client.site_file import SiteFile
 from client.state import SPLIT_KEY, StateFolder
 from common.errors import ConfigurationError, DataError
@@ -77,22 +78,21 @@ def ask(
 
     Raises:
         DataError: records, rows or splits that cannot be used, a task that is no yes or no, or nothing is left.
-        ConfigurationError: an unknown split, or nobody can tell which patients were held out.
+        ConfigurationError: an unknown split, a code map that cannot be used, or nobody can tell which patients were
+            held out.
     """
     for name in splits:
         if name not in SPLITS:
             raise ConfigurationError(f"split {name!r} is unknown; use {', '.join(SPLITS)}")
-    root = Path(site.records)
-    excluded = None if site.exclude is None else read_optouts(Path(site.exclude))
-    directory = MedsDirectory(root) if excluded is None else WithoutOptouts(root, excluded)
-    source = root / LABELS / f"{study.task.name}.parquet" if rows is None else rows
+    directory = open_records(site, study.features)
+    source = directory.root / LABELS / f"{study.task.name}.parquet" if rows is None else rows
     _require_yes_or_no(source, study.task.name)
     if rows is None:
         asked = directory.labels(study.task.name)
     else:
         asked = _read_rows(rows)
-        if excluded is not None:
-            asked = asked.filter(~pl.col(SUBJECT_ID).is_in(excluded.implode()))
+        if site.exclude is not None:
+            asked = asked.filter(~pl.col(SUBJECT_ID).is_in(read_optouts(Path(site.exclude)).implode()))
     asked = asked.join(_splits(directory, asked, state), on=SUBJECT_ID, how="left", maintain_order="left")
     coverage = directory.coverage(study.features)  # first: it refuses ids and times that cannot be used
     if unlabelled:

@@ -17,6 +17,7 @@ from client.commands import app
 from client.mapping import CodeMap
 from client.mapping_proposals import About
 from client.mapping_survey import survey_codes, write_map
+from client.prediction.asked import ask
 from client.readers.meds import MedsDirectory
 from client.readers.own import open_records, read_records
 from client.site_file import load_site_file
@@ -90,6 +91,19 @@ def test_from_proposal_to_the_same_sequences(records: Path, cohort: dict[str, Pa
     assert open_records(site, schema).coverage(schema) == MedsDirectory(records).coverage(schema)
     confirm(out)
     assert same(records, cohort, code_map="map.yaml")
+
+
+def test_predict_sees_what_run_sees(records: Path) -> None:
+    """The sequences that are predicted are those that training reads, mapped codes included."""
+    out = records.parent / "map.yaml"
+    map_codes(records, "--out", out)
+    confirm(out)
+    site, state, _ = with_key(write_site(records.parent, records, SERVER, code_map="map.yaml"))
+    study = write_study(records.parent)
+    trained, asked = read_records(site, study, state), ask(site, study, state, splits=site.splits).sequences
+    assert len(trained.label) == len(asked.label)
+    for column in dataclasses.fields(trained):
+        assert np.array_equal(getattr(trained, column.name), getattr(asked, column.name)), column.name
 
 
 def test_check_sees_what_run_sees(records: Path) -> None:
