@@ -219,6 +219,7 @@ def serve(
     """
     site = load_site_file(site_file)
     state = StateFolder(Path(site.state))
+    state.flower_home()  # the command has done so before Flower's import; a script that calls this gets it here
     with state.lock(), logging_to(state / LOG, log_level or site.log_level), stoppable():
         trainer, grace = Trainer(site_file, randomness), GRACE
         try:

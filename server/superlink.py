@@ -144,6 +144,7 @@ class SuperLink:
         self._lost: set[str] = set()  # messages whose reply broke off
         self._most = 0  # bytes that a reply may have: an update is as large as the weights
         self._mail: set[int] = set()
+        self._polling: set[int] = set()  # nodes that have asked for a message since they last came
         self._seen: dict[int, float] = {}
         self._alive: dict[int, float] = {}
 
@@ -246,7 +247,7 @@ class SuperLink:
         return {
             node.node_id: Presence(
                 self._sites[node.public_key],
-                node.status == NodeStatus.ONLINE,
+                node.status == NodeStatus.ONLINE and node.node_id in self._polling,
                 node.last_activated_at,
                 self._seen.get(node.node_id),
             )
@@ -335,6 +336,9 @@ class SuperLink:
         else:
             node = request.node_id if path == DEACTIVATE else request.node.node_id
         self._seen[node] = time.time()
+        if path == PULL and node not in self._polling:
+            self._polling.add(node)
+            self._news.set()
         if path == PUSH and not _speaks_for_itself(request, node):
             return Answer(400, b'{"detail": "one reply, of the node that sends it"}')
         run = request.messages_list[0].metadata.run_id if path == PUSH else getattr(request, "run_id", self._run)
@@ -368,6 +372,7 @@ class SuperLink:
             fleet_handlers.activate_node if path == ACTIVATE else fleet_handlers.deactivate_node
         )
         response = handler(request, self._state)
+        self._polling.discard(node)
         self._news.set()
         return response
 

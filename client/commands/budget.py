@@ -188,10 +188,12 @@ def show(found: dict[str, Any], ledger: str, *, to_errors: bool = False) -> None
     else:
         console.print(f"{ledger}: no study was charged")
     for c in found["cohorts"]:
-        how = f"by the Renyi filter at order {c['order']:g}"
+        charged = "nothing charged"
         if c["studies"] == 1:
-            how = "by PLD: one plan" if c["plans"] == 1 else "by PLD: one study"
-        charged = f"epsilon {c['charged']:.3f} charged ({how})" if c["plans"] else "nothing charged"
+            charged = f"epsilon {c['charged']:.3f} charged (by PLD: one {'plan' if c['plans'] == 1 else 'study'})"
+        elif c["plans"]:  # what holds whichever studies are chosen after a look at these is the cap alone
+            how = f"by the Renyi filter at order {c['order']:g}"
+            charged = f"epsilon {c['charged']:.3f} so far, at most {c['cap']:g} in the end ({how})"
         console.print(f"cohort {c['cohort']}: {charged}, {c['left']:.3f} left of {c['cap']:g} at delta {c['delta']:g}")
     for d in found["disclosed"]:
         console.print(f"disclosed, exact, not covered by epsilon: {d['name']} (file sha256 {d['file'][:12]}..)")

@@ -125,6 +125,17 @@ def test_an_only_plan_is_stated_by_pld(state: Path) -> None:
     assert "by PLD: one plan" in run("--state", state)
 
 
+def test_of_several_plans_the_cap_is_named_as_the_bound(state: Path) -> None:
+    """Studies may be chosen after a look at earlier ones: beside the filter's value so far stands what holds then."""
+    with opened(state / "ledger.db") as ledger:
+        ledger.admit(STUDY, SMALL)
+        ledger.admit("e" * 64, SMALL)
+        order = ledger.order
+    (cohort,) = said("--state", state)["cohorts"]
+    expected = f"epsilon {cohort['charged']:.3f} so far, at most 3 in the end (by the Renyi filter at order {order:g})"
+    assert expected in " ".join(run("--state", state).split())
+
+
 def test_the_table_shows_every_study_and_cohort(state: Path) -> None:
     """A person sees the study's short digest and name, its steps and epsilon, and a line for each cohort."""
     study = load_study(DEMO)

@@ -335,6 +335,19 @@ def test_a_site_that_did_not_enrol_does_not_start(hospital: tuple[SiteFile, Stat
         serve(path)
 
 
+def test_a_script_that_serves_writes_to_the_state_folder_alone(
+    hospital: tuple[SiteFile, StateFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`serve` itself, not only the command, sends what Flower and torch write into the state folder."""
+    for variable in ("FLWR_HOME", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(variable, "elsewhere")
+    site, state = hospital
+    with pytest.raises(ConfigurationError, match="not enrolled"):
+        serve(Path(site.state).parent / "site.yaml")
+    assert os.environ["FLWR_HOME"] == str(state / "flower")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(state / "torch")
+
+
 def test_a_second_client_on_the_same_folder_is_refused(hospital: tuple[SiteFile, StateFolder]) -> None:
     """Two clients would be two writers of one ledger: the second ends with one line, and changes nothing."""
     path = Path(hospital[0].study).parent / "site.yaml"

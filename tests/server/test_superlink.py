@@ -192,8 +192,8 @@ def test_a_site_cannot_use_anothers_node(study: Study) -> None:
         with pytest.raises(httpx.HTTPStatusError) as refused:
             call()
         assert status_of(refused.value) == 401
-    assert study.link.presence()[north.node.node_id].online
     received(north)
+    assert study.link.presence()[north.node.node_id].online
 
 
 def test_a_message_reaches_its_site_and_the_reply_comes_back(study: Study) -> None:
@@ -494,9 +494,10 @@ def test_a_waiting_site_hears_of_a_message_at_once(study: Study) -> None:
 
 
 def test_presence_follows_activation_and_polls(study: Study) -> None:
-    """A site is online from its activation to its goodbye; each activation is told apart; an empty poll keeps it."""
+    """A site is online from its first poll to its goodbye; each activation is told apart; an empty poll keeps it."""
     assert {one.site: one.online for one in study.link.presence().values()} == {"north": False, "east": False}
     north = study.connect("north")
+    assert north.pull() is None
     first = study.link.presence()[north.node.node_id]
     assert (first.online, first.site) == (True, "north")
     assert first.last_seen is not None
@@ -508,9 +509,29 @@ def test_presence_follows_activation_and_polls(study: Study) -> None:
     assert not study.link.presence()[north.node.node_id].online
     number = north.node.node_id
     assert north.activate() == number
+    assert north.pull() is None
     again = study.link.presence()[number]
     assert again.online
     assert again.activated != first.activated
+
+
+def test_a_site_that_only_looks_in_is_not_online(study: Study) -> None:
+    """Enrolling activates the key for a moment, to see that it is admitted: no round may be begun with that site."""
+    north = study.connect("north")
+    assert north.heartbeat()
+    assert not study.link.presence()[north.node.node_id].online
+    assert north.pull() is None
+    assert study.link.presence()[north.node.node_id].online
+    assert north.activate() == north.node.node_id  # anew, as enrolling again does
+    assert not study.link.presence()[north.node.node_id].online
+
+
+def test_the_first_poll_is_news(study: Study) -> None:
+    """Whoever waits for sites hears of one when it asks for its first message, not a look later."""
+    north = study.connect("north")
+    study.link._news.clear()
+    assert north.pull() is None
+    assert study.link._news.is_set()
 
 
 def test_the_roster_can_change_under_a_running_server(study: Study) -> None:
@@ -525,7 +546,7 @@ def test_the_roster_can_change_under_a_running_server(study: Study) -> None:
     assert status_of(refused.value) == 401
     study.stranger(south).activate()
     study.link.admit(public)
-    study.connect("north")
+    assert study.connect("north").pull() is None
     assert {one.site: one.online for one in study.link.presence().values()} == {"north": True, "east": False}
 
 
