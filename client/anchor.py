@@ -68,7 +68,7 @@ class Anchor:
         try:
             plain = json.loads(path.read_bytes())
             if plain["version"] > VERSION:
-                raise RollbackError(f"{path}: this anchor was written by a newer version of wardround; upgrade")
+                raise RollbackError(f"{path}: anchor of version {plain['version']}, this one knows {VERSION}; upgrade")
             cohorts = tuple(CohortOpened(**cohort) for cohort in plain["cohorts"])
             plans = tuple(admitted_from(plan) for plan in plain["plans"])
             return cls(str(plain["head"]), int(plain["count"]), cohorts, plans)

@@ -34,7 +34,8 @@ class Enrolment(Terms):
         study: digest of the study's terms (`Study.digest`); `name` is for people.
         site, declared_patients: as whom, and the size that was agreed to publish.
         policy: digest of the site's policy.
-        records, splits, exclude: the records' directory, which of their splits train, and the file of opt-outs.
+        records, splits, exclude: the records' directory, which of their splits train, and the file of opt-outs. The
+            first wardround did not pin them: such a yes is read, and asked for again.
         authority: sha256 of the server's certificate authority; "" for plaintext on this machine.
         certificate: sha256 of the certificate that the server showed; for people, not compared.
         time: when, UTC.
@@ -46,9 +47,9 @@ class Enrolment(Terms):
     site: str
     declared_patients: int
     policy: Digest
-    records: str
-    splits: tuple[str, ...]
-    exclude: str | None
+    records: str | None = None
+    splits: tuple[str, ...] = ()
+    exclude: str | None = None
     authority: Fingerprint
     certificate: Fingerprint
     time: str
@@ -93,7 +94,8 @@ class Enrolment(Terms):
         for name in ("records", "splits", "exclude"):
             now, agreed = getattr(site, name), getattr(self, name)
             if now != agreed:
-                raise ConfigurationError(f"site file: `{name}` is {now}, on {self.time} it was {agreed}; {AGAIN}")
+                then = "not pinned" if self.records is None else agreed
+                raise ConfigurationError(f"site file: `{name}` is {now}, on {self.time} it was {then}; {AGAIN}")
         if (authority_digest(site.server) if authority is None else authority) != self.authority:
             raise ConfigurationError(
                 f"{site.server.ca or 'site file'}: another certificate authority than the one enrolled with on "

@@ -108,6 +108,13 @@ def load(path: Path, model: type[T]) -> T:
 
 def parse(data: dict[str, Any], model: type[T], where: str) -> T:
     """Validate plain data as `model`; `where` names its source in errors."""
+    version, known = data.get("version"), model.model_fields.get("version")
+    if (
+        isinstance(version, int)
+        and known is not None
+        and (read := max(get_args(known.annotation), default=version)) < version < 10**6
+    ):
+        raise ConfigurationError(f"{where}: version {version}, this wardround reads {read}; upgrade wardround")
     try:
         return model.model_validate(data)
     except ValidationError as error:

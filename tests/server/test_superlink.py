@@ -522,8 +522,10 @@ def test_a_site_that_only_looks_in_is_not_online(study: Study) -> None:
     assert not study.link.presence()[north.node.node_id].online
     assert north.pull() is None
     assert study.link.presence()[north.node.node_id].online
-    assert north.activate() == north.node.node_id  # anew, as enrolling again does
-    assert not study.link.presence()[north.node.node_id].online
+    number = north.node.node_id
+    north.deactivate()
+    assert north.activate() == number  # anew, as enrolling again does
+    assert not study.link.presence()[number].online
 
 
 def test_the_first_poll_is_news(study: Study) -> None:
