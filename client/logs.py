@@ -8,33 +8,21 @@ they may quote is not known.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import TextIOWrapper
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
+
+from common.logfile import LogFile
 
 LOG_BYTES, OLD_LOGS = 1_000_000, 5
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
-
-
-class _PrivateFile(RotatingFileHandler):
-    """A rotating file with mode 0600, whatever the process's umask."""
-
-    def _open(self) -> TextIOWrapper:
-        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        return os.fdopen(descriptor, "a", encoding=self.encoding)
 
 
 @contextmanager
 def logging_to(path: Path, level: str) -> Iterator[None]:
     """Log to `path`, and to standard error for the one who watches, at `level` and above."""
     root = logging.getLogger("wardround")
-    handlers: list[logging.Handler] = [
-        _PrivateFile(path, maxBytes=LOG_BYTES, backupCount=OLD_LOGS, encoding="utf-8"),
-        logging.StreamHandler(),
-    ]
+    handlers: list[logging.Handler] = [LogFile(path, LOG_BYTES, OLD_LOGS), logging.StreamHandler()]
     for handler in handlers:
         handler.setFormatter(logging.Formatter(FORMAT))
         root.addHandler(handler)

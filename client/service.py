@@ -36,7 +36,7 @@ from client.site_file import SiteFile, load_site_file
 from client.state import KEY, LOG, NODE, StateFolder
 from client.stopping import Stop, stoppable
 from client.trainer import Ready, Trainer
-from common.errors import WireError
+from common.errors import ConfigurationError, WireError
 from common.keys import load_private
 from common.provenance import code_digest
 from common.records import (
@@ -115,7 +115,10 @@ class Service:
         """One connection: until the network fails (NetworkError) or the study is over."""
         self._compare_versions(fleet)
         node = fleet.activate(self._previous())
-        self._state.write_json(NODE, {"node": node, "server": self._site.server.address})
+        try:
+            self._state.write_json(NODE, {"node": node, "server": self._site.server.address})
+        except ConfigurationError as error:  # a full disk; without the number a crash costs a minute, and no more
+            log.warning("%s", error)
         log.info("connected to %s", self._site.server.address)
         limit = Limit.of(ready.arrays)
         with Heartbeat(fleet.heartbeat) as heartbeat:

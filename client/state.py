@@ -82,7 +82,10 @@ class StateFolder:
         /tmp anybody could be there first, and every round would fail after its attempt was marked.
         """
         for name, variable in (("flower", "FLWR_HOME"), ("torch", "TORCHINDUCTOR_CACHE_DIR")):
-            (self.path / name).mkdir(mode=0o700, exist_ok=True)
+            try:
+                (self.path / name).mkdir(mode=0o700, exist_ok=True)
+            except OSError as error:
+                raise _unwritable(self.path / name, error) from None
             os.environ[variable] = str(self.path / name)
 
     def split_key(self) -> bytes:
@@ -127,7 +130,7 @@ class StateFolder:
         """Hold the folder until the lock is closed or the process ends.
 
         Raises:
-            ConfigurationError: another process holds it.
+            ConfigurationError: another process holds it, or the folder cannot be written.
         """
         return Lock(self.path / LOCK)
 
@@ -136,7 +139,10 @@ class Lock:
     """An exclusive lock on a file; a context manager."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        except OSError as error:
+            raise _unwritable(path, error) from None
         try:
             _lock(self._descriptor)
         except OSError:
@@ -170,6 +176,13 @@ else:
 
     def _lock(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"{path}: cannot be written ({error.strerror}); nothing is done from such a state folder: free space, or mount "
+        "its disk for writing"
+    )
 
 
 def _check(path: Path, what: str, *, folder: bool) -> None:

@@ -108,13 +108,10 @@ def load(path: Path, model: type[T]) -> T:
 
 def parse(data: dict[str, Any], model: type[T], where: str) -> T:
     """Validate plain data as `model`; `where` names its source in errors."""
-    version, known = data.get("version"), model.model_fields.get("version")
-    if (
-        isinstance(version, int)
-        and known is not None
-        and (read := max(get_args(known.annotation), default=version)) < version < 10**6
-    ):
-        raise ConfigurationError(f"{where}: version {version}, this wardround reads {read}; upgrade wardround")
+    known = get_args(model.model_fields["version"].annotation) if "version" in model.model_fields else ()
+    version = data.get("version")
+    if known and isinstance(version, int) and max(known) < version < 10**6:
+        raise ConfigurationError(f"{where}: version {version}, this wardround reads {max(known)}; upgrade wardround")
     try:
         return model.model_validate(data)
     except ValidationError as error:

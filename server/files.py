@@ -50,10 +50,16 @@ def remove_unfinished(path: Path) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line and bring it to disk. Raises WardroundError: the disk is full, or the file not ours."""
+    """Add a line and bring it to disk. Raises WardroundError: the disk is full, or the file not ours.
+
+    What a full disk or a crash left of the line before is ended first, or it would take this one with it.
+    """
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with path.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read() == b"\n" else f"\n{line}"
+            file.write(f"{line}\n".encode())
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

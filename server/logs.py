@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from common.errors import ConfigurationError
+from common.logfile import LogFile
 
 LEVELS = ("debug", "info", "warning", "error")
 LOG_BYTES, OLD_LOGS = 5_000_000, 5
@@ -23,7 +23,7 @@ def logging_to(path: Path, level: str) -> Iterator[None]:
     """Log to `path` at `level` and above. Raises ConfigurationError: no such level."""
     if level not in LEVELS:
         raise ConfigurationError(f"--log-level {level!r} must be one of {', '.join(LEVELS)}")
-    file = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=OLD_LOGS, encoding="utf-8")
+    file = LogFile(path, LOG_BYTES, OLD_LOGS)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     watcher = logging.StreamHandler()
     watcher.setLevel(logging.WARNING)

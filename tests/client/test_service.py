@@ -247,6 +247,36 @@ def test_it_tries_for_ever_and_says_so(hospital: Any, clock: list[float], caplog
     assert "nobody there; next try in 32 s" in caplog.text
 
 
+def test_a_full_disk_does_not_end_a_connection(
+    hospital: Any, clock: list[float], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of this session could not be noted: said in the log, and rounds are answered all the same."""
+
+    def full(_state: StateFolder, name: str, _data: object) -> None:
+        raise ConfigurationError(f"{name}: cannot be written (No space left on device); make room")
+
+    monkeypatch.setattr(StateFolder, "write_json", full)
+    network = Network([Incoming(request())], clock)
+    run(hospital, Trained(answers(Status.OK)), network, clock)
+    assert [reply.status for reply in network.sent] == [Status.OK]
+    assert "node.json: cannot be written" in caplog.text
+
+
+def test_ten_minutes_without_a_server_are_over_a_wait_later(hospital: Any, clock: list[float]) -> None:
+    """The longest wait is a minute and a fifth, however long it lasted; until then it is no burden to anybody."""
+    network, tries = Network([None], clock), list[float]()
+
+    def connect() -> Network:
+        tries.append(clock[0])
+        if clock[0] < 600:
+            raise NetworkError("nobody there")
+        return network
+
+    run(hospital, Trained(), network, clock, connect=connect)
+    assert 600 <= tries[-1] <= 600 + 1.2 * service.LONGEST_WAIT
+    assert len(tries) <= 20
+
+
 def test_it_comes_back_with_the_number_of_before(hospital: Any, clock: list[float]) -> None:
     """The server's number for this site is kept on disk; for another server's address it is not used."""
     state = hospital[1]

@@ -50,6 +50,17 @@ def test_a_crash_between_line_and_checkpoint_leaves_no_round_twice(tmp_path: Pat
     assert [line["round"] for line in read(path)] == [1, 2, 3]
 
 
+def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path: Path) -> None:
+    """What a full disk left of a line is ended before the next: a round that counted is never missing from the file."""
+    path = tmp_path / "metrics.jsonl"
+    append(path, record(1, "east"), counted=True)
+    with path.open("a") as file:
+        file.write('{"round": 2, "sec')
+    for number in (2, 3):
+        append(path, record(number, "east"), counted=True)
+    assert [line["round"] for line in read(path)] == [1, 2, 3]
+
+
 def test_epsilon_follows_from_the_rounds_a_site_answered() -> None:
     """The plan's price for as many rounds as the site answered or failed at; a repeated answer costs nothing."""
     lines = [

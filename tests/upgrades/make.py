@@ -1,4 +1,4 @@
-"""Writes `tests/upgrades/v1`: what the first programs left on disk that had a ledger, a state folder, a server's folder.
+"""Writes `tests/upgrades/v1`: what the first programs with a ledger, a state folder and a server's folder left on disk.
 
     python -m tests.upgrades.make
 
@@ -38,8 +38,8 @@ from client.enrolment import Enrolment
 from client.state import StateFolder
 state = StateFolder(Path(sys.argv[1]) / "state", create=True)
 state.write_json("node.json", {"node": 7, "server": "localhost:8643"})
-Enrolment(study="5" * 64, name="demo", site="north", declared_patients=80, policy="6" * 64, authority="", certificate="",
-          time="2026-11-24T12:00:00+00:00").write(state)
+Enrolment(study="5" * 64, name="demo", site="north", declared_patients=80, policy="6" * 64,
+          authority="", certificate="", time="2026-11-24T12:00:00+00:00").write(state)
 """
 
 SERVER = """

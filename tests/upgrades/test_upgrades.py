@@ -104,7 +104,7 @@ def test_a_yes_that_did_not_pin_the_records_is_asked_for_again(old: Path) -> Non
     assert agreed is not None
     same = agreed.model_copy(update={"policy": site.policy.digest()})
     with pytest.raises(
-        ConfigurationError, match="on 2026-11-24T12:00:00.* it was not pinned; run `wardround client enr"
+        ConfigurationError, match=r"on 2026-11-24T12:00:00\S* it was not pinned; run `wardround client enrol`"
     ):
         same.require_site(site)
 
