@@ -69,6 +69,7 @@ from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.routers.fleet.node_auth import authenticate_node
 from flwr.superlink.servicer.fleet import fleet_handlers
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # no stubs are installed
+from sqlalchemy.exc import DBAPIError
 
 from common.errors import WardroundError
 from common.keys import as_flower_bytes
@@ -161,8 +162,10 @@ class SuperLink:
     def stop(self) -> None:
         """Close the port, withdraw every message and close the state."""
         self._public.close()
-        self._do(self._stop_runs)
-        self.executor.shutdown()
+        try:
+            self._do(self._stop_runs)
+        finally:
+            self.executor.shutdown()
 
     def admit(self, keys: Mapping[str, EllipticCurvePublicKey]) -> None:
         """Make these the sites that may connect, by name; whoever is no longer among them is shut out."""
@@ -195,7 +198,13 @@ class SuperLink:
     # What follows runs in the one thread that owns the state.
 
     def _do(self, work: Callable[..., T], *arguments: Any) -> T:
-        return self.executor.submit(work, *arguments).result()
+        try:
+            return self.executor.submit(work, *arguments).result()
+        except DBAPIError as error:  # a full disk, above all; SQLite's own words say which
+            raise WardroundError(
+                f"{self._database}: cannot be used ({error.orig}); free space, or check its disk, then go on with "
+                "--resume"
+            ) from None
 
     def _open(self) -> None:
         factory = LinkStateFactory(str(self._database), NoOpFederationManager(), ObjectStoreFactory())

@@ -2,8 +2,9 @@
 
     python tests/e2e/directed_client.py SITE.yaml FOLDER
 
-Each attempt writes FOLDER/training-ROUND-ATTEMPT with its process id. While FOLDER/hold is there it goes no further;
-if FOLDER/greedy is there it asks for a gigabyte. Light to import, like silent_client.py; the randomness is real.
+Each attempt writes FOLDER/training-ROUND-ATTEMPT with its process id. While FOLDER/hold is there, rounds from the one
+whose number stands in it go no further. If FOLDER/greedy is there, a round asks for a gigabyte. Light to import,
+like silent_client.py; the randomness is real.
 """
 
 from __future__ import annotations
@@ -41,13 +42,20 @@ class Directed:
                 fresh = note.with_suffix(".new")
                 fresh.write_text(str(os.getpid()))
                 fresh.replace(note)
-                while (folder / "hold").exists():
+                while _held_from(folder / "hold") <= round_number:
                     threading.Event().wait(0.05)
                 if (folder / "greedy").exists():
                     np.ones(2**27)
                 return super().poisson_sample(patients, sampling_rate)
 
         return Waiting()
+
+
+def _held_from(file: Path) -> float:
+    try:
+        return int(file.read_text())
+    except FileNotFoundError:
+        return float("inf")
 
 
 def main(file: Path, folder: Path) -> None:

@@ -31,7 +31,7 @@ from common.training import state_of
 from tests.client.coordinator import Authority, Coordinator
 from tests.client.hospitals import with_key, write_site, write_study
 from tests.e2e.deployment import ROOT, wait_until
-from tests.e2e.faults import disk, full, told
+from tests.e2e.failing import disk, full, told
 
 pytestmark = [
     pytest.mark.full,
@@ -95,7 +95,7 @@ class Place:
 
     def held(self, number: int, attempt: int) -> int:
         """Ask for a round that stops before it draws its patients; returns the training process."""
-        (self.folder / "hold").touch()
+        (self.folder / "hold").write_text(str(number))
         self.send(number)
         note = self.folder / f"training-{number}-{attempt}"
         wait_until(note.exists, f"attempt {attempt} at round {number}")

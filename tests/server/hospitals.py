@@ -78,14 +78,17 @@ class Connection:
         return bool(self.client.SendNodeHeartbeat(request).success)
 
     def pull(self) -> Message | None:
-        """The next message, complete, or None after the server's hold."""
+        """The next message, complete; None after the server's hold, or if its round has ended meanwhile."""
         answer = self.client.PullMessages(fleet_pb2.PullMessagesRequest(node=self.node))
         if not answer.messages_list:
             return None
         announced = message_from_proto(answer.messages_list[0])
         run, name = announced.metadata.run_id, announced.metadata.message_id
         leaves = {leaf.object_id for leaf in iterate_object_tree(answer.message_object_trees[0])}
-        message = inflate_object_from_contents(name, {leaf: self.pull_object(run, leaf) for leaf in leaves})
+        contents = {leaf: self.pull_object(run, leaf) for leaf in leaves}
+        if not all(contents.values()):
+            return None
+        message = inflate_object_from_contents(name, contents)
         assert isinstance(message, Message)
         message.metadata.__dict__["_message_id"] = name
         confirmation = message_pb2.ConfirmMessageReceivedRequest(node=self.node, run_id=run, message_object_id=name)
