@@ -37,7 +37,7 @@ pytestmark = [
 ]
 
 DECLARED = {"north": 80, "east": 50, "south": 30}
-ROUNDS, DEADLINE, AWAY = 400, 45.0, 30.0
+ROUNDS, DEADLINE, AWAY = 300, 45.0, 30.0
 AHEAD = 5  # rounds: all that are to be held are told before the first of them gets there
 LONG = 600.0
 DIRECTED = str(ROOT / "tests" / "e2e" / "directed_client.py")

@@ -19,6 +19,7 @@ import pytest
 
 from common.records import Reply, Request, Status
 from common.weights import Weights
+from server.progress import round_of
 from tests.e2e.failing import Clock, disk, full, told
 from tests.server.hospitals import Hospital, wait_until
 from tests.server.processes import Server, make_folder, server_of
@@ -59,7 +60,7 @@ def test_a_full_disk_ends_the_server_with_a_line_and_no_round_is_lost(tmp_path: 
         fills.close()
         began = time.monotonic()
         with server_of(folder, "--resume") as server, cohort.taking_part(server):
-            wait_until(lambda: any(line["counted"] and line["round"] == 2 for line in lines(folder)), LONG)
+            wait_until(lambda: round_of(folder.checkpoint) >= 2, LONG)
             told("disk of the server's state full; from `--resume` with space again to the round's checkpoint", began)
             assert server.process.wait(LONG) == 0
         assert same(final(folder), expected)

@@ -27,6 +27,7 @@ from server.folder import ServerFolder, create
 from tests.server.hospitals import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 300.0  # seconds; a machine may be busy with many such tests
 
 
 def free_port() -> int:
@@ -89,16 +90,16 @@ class Server:
             assert self.process.poll() is None, self.output.read_text()
             return self.health() is not None
 
-        wait_until(holds)
+        wait_until(holds, PATIENCE)
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and wait; returns the exit status."""
         self.process.send_signal(number)
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=PATIENCE)
 
     def finish(self) -> str:
         """Wait for its own end; returns what it printed."""
-        assert self.process.wait(timeout=120) == 0, self.output.read_text()
+        assert self.process.wait(timeout=PATIENCE) == 0, self.output.read_text()
         return self.output.read_text()
 
 
