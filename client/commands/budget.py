@@ -193,7 +193,8 @@ def show(found: dict[str, Any], ledger: str, *, to_errors: bool = False) -> None
             charged = f"epsilon {c['charged']:.3f} charged (by PLD: one {'plan' if c['plans'] == 1 else 'study'})"
         elif c["plans"]:  # what holds whichever studies are chosen after a look at these is the cap alone
             how = f"by the Renyi filter at order {c['order']:g}"
-            charged = f"epsilon {c['charged']:.3f} so far, at most {c['cap']:g} in the end ({how})"
+            most = max(c["cap"], c["charged"])  # more than the cap only where a restore has charged lost plans
+            charged = f"epsilon {c['charged']:.3f} so far, at most {most:g} in the end ({how})"
         console.print(f"cohort {c['cohort']}: {charged}, {c['left']:.3f} left of {c['cap']:g} at delta {c['delta']:g}")
     for d in found["disclosed"]:
         console.print(f"disclosed, exact, not covered by epsilon: {d['name']} (file sha256 {d['file'][:12]}..)")
