@@ -19,6 +19,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import secrets
 import ssl
 import threading
 from collections.abc import Callable
@@ -74,6 +75,7 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from client.network import (
+    ContestedError,
     Health,
     Limit,
     NetworkError,
@@ -86,11 +88,12 @@ from client.network import (
 from client.site_file import ServerTerms
 from common.errors import WardroundError, WireError
 from common.keys import as_flower_bytes
-from common.records import ANSWERED_BY
+from common.records import ANSWERED_BY, CONTESTED, INSTANCE_HEADER
 
 HEARTBEAT_SECONDS = HEARTBEAT_DEFAULT_INTERVAL  # the server calls a node offline after two of these
 PULL_SECONDS = 600.0  # for one message
 ERROR_BYTES = 10_000  # of an error's body; Flower's have a few hundred
+INSTANCE = secrets.token_hex(16)  # tells this process from another one that holds the same key
 FIRST_WAIT = 0.05  # seconds until an announced object is asked for again
 
 _WORTH_TRYING_AGAIN = (401, 407, 408, 425, 429)
@@ -111,12 +114,14 @@ class Incoming:
 
 
 class Fleet:
-    """One site's connection; a context manager. Every method raises NetworkError with a line for a person.
+    """One site's connection; a context manager. Every method raises NetworkError with a line for a person, or
+    ContestedError if another process uses the same key.
 
     Args:
         server: where, and whom to trust.
         key: the site's private key; its public half must be on the server's roster.
         trust: whom TLS trusts, read before; None reads the site file's authority.
+        instance: this process, to the server; tests pass another.
     """
 
     def __init__(
@@ -126,9 +131,10 @@ class Fleet:
         *,
         timeout: float = 30.0,
         trust: ssl.SSLContext | None = None,
+        instance: str = INSTANCE,
     ) -> None:
         self._server, self._key = server, key
-        self._client = _Client(server, key, http_client(server, timeout, trust))
+        self._client = _Client(server, _Signer(key, instance), http_client(server, timeout, trust))
         self._node = Node()
         self.online = False
 
@@ -243,7 +249,9 @@ class Fleet:
 
     def goodbye(self, node: int) -> None:
         """Take the session with this number offline at once."""
-        with contextlib.suppress(_RefusedError):  # it was offline already, or the server has forgotten it
+        with contextlib.suppress(
+            _RefusedError, ContestedError
+        ):  # it was offline already, or the server has forgotten it
             self._ask(lambda: self._client.DeactivateNode(DeactivateNodeRequest(node_id=node)))
 
     def _content(self, run: int, tree: ObjectTree, limit: Limit) -> RecordDict:
@@ -332,7 +340,16 @@ class Fleet:
         try:
             return ask()
         except httpx.HTTPStatusError as error:
-            raise _RefusedError(self._server.address, error.response) from None
+            refused = _RefusedError(self._server.address, error.response)
+            if refused.contested:
+                self.online = False  # no goodbye, it would be refused
+                raise ContestedError(
+                    f"{self._server.address}: another process uses this site's key, so the server listens to neither; "
+                    "if nobody here started a second client, the key was stolen: call the coordinator. Either way move "
+                    "key and key.pub out of the state folder, run `wardround client keygen`, and have the new one "
+                    "admitted"
+                ) from None
+            raise refused from None
         except httpx.HTTPError as error:
             raise NetworkError(explain(error, self._server)) from None
         except WardroundError:
@@ -351,6 +368,7 @@ class _RefusedError(NetworkError):
         except Exception:  # brackets by the thousand, a code that is none: there is no end of it
             found = None
         self.status, self.code = response.status_code, found.code if found else None
+        self.contested = self.status == httpx.codes.CONFLICT and CONTESTED.encode() in response.content[:ERROR_BYTES]
         self.run_is_over = self.code == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED
         self.for_good = 400 <= self.status < 500 and self.status not in _WORTH_TRYING_AGAIN
         meaning = f"Flower's code {self.code}" if found else "no wardround server, or it is not ready"
@@ -358,12 +376,13 @@ class _RefusedError(NetworkError):
 
 
 class _Signer:
-    """Proves the key with every request: Flower's headers, but the time in whole seconds.
+    """Proves the key with every request: Flower's headers, but the time in whole seconds; and names the process.
 
     Flower signs microseconds. Of two requests these tell how long training took, without what the network adds.
     """
 
-    def __init__(self, key: EllipticCurvePrivateKey) -> None:
+    def __init__(self, key: EllipticCurvePrivateKey, instance: str) -> None:
+        self._instance = instance
         self._key, self._public = key, base64.b64encode(as_flower_bytes(key.public_key())).decode("ascii")
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
@@ -371,6 +390,7 @@ class _Signer:
         time = datetime.now(UTC).isoformat(timespec="seconds")
         context.request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER] = self._public
         context.request.headers[TIMESTAMP_HEADER] = time
+        context.request.headers[INSTANCE_HEADER] = self._instance
         signature = base64.b64encode(sign_message(self._key, time.encode("ascii")))
         context.request.headers[FLEET_HTTP_SIGNATURE_HEADER] = signature.decode("ascii")
         return call_next(context)
@@ -379,10 +399,10 @@ class _Signer:
 class _Client(FleetHttpClient):
     """Flower's fleet client over our own HTTP client: one server, no redirects, no variables of the environment."""
 
-    def __init__(self, server: ServerTerms, key: EllipticCurvePrivateKey, client: httpx.Client) -> None:
+    def __init__(self, server: ServerTerms, signer: _Signer, client: httpx.Client) -> None:
         # Flower's constructor would make an HTTP client of its own, with the proxies of the environment.
         self._base_url = base_url(server)
-        self._interceptors = (_Signer(key),)
+        self._interceptors = (signer,)
         self._retry_invoker = None
         self._client = client
 

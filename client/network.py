@@ -50,6 +50,10 @@ class NetworkError(WardroundError):
     """The server cannot be reached, or is not who it should be: one line with what to do."""
 
 
+class ContestedError(WardroundError):
+    """Another process uses this site's key. No NetworkError: trying again helps nobody."""
+
+
 class TooLargeError(NetworkError):
     """An answer beyond its bound; the rest of it was not read."""
 

@@ -31,7 +31,7 @@ from client.enrolment import Enrolment, enrolled
 from client.fleet import Fleet, Incoming
 from client.heartbeat import Heartbeat
 from client.logs import logging_to
-from client.network import Limit, NetworkError, trusted
+from client.network import ContestedError, Limit, NetworkError, trusted
 from client.site_file import SiteFile, load_site_file
 from client.state import KEY, LOG, NODE, StateFolder
 from client.stopping import Stop, stoppable
@@ -94,7 +94,12 @@ class Service:
         self._last_message = clock()
 
     def run(self) -> None:
-        """Serve until stopped, or until the study is over. Raises TrainerError if the site cannot be opened."""
+        """Serve until stopped, or until the study is over.
+
+        Raises:
+            TrainerError: the site cannot be opened.
+            ContestedError: another process uses this site's key; it is in the log, too.
+        """
         ready = self._trainer.start()
         log.info("site %s open; study %s..", self._site.site, self._study[:12])
         while True:
@@ -106,6 +111,9 @@ class Service:
                 if self._is_over():
                     return
                 log.warning("%s; next try in %.0f s", error, self._wait)
+            except ContestedError as error:
+                log.error("%s", error)
+                raise
             self._pause(
                 self._wait * secrets.SystemRandom().uniform(0.8, 1.2)
             )  # so that sites do not come back all at once

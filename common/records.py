@@ -24,6 +24,8 @@ from common.weights import Weights
 
 WIRE_VERSION = 1
 ANSWERED_BY = {MessageType.TRAIN: "update", MessageType.EVALUATE: "metrics"}  # what may be asked, and what is answered
+INSTANCE_HEADER = "wardround-instance"  # of every request: 32 hex digits, others for each process of a client
+CONTESTED = "contested"  # with HTTP status 409: two processes use this site's key
 HEAD = re.compile("(?:[0-9a-f]{64})?")
 
 

@@ -33,12 +33,16 @@ SLACK = 300.0  # seconds that a message outlives its round: a reply's expiry is 
 
 @dataclass(frozen=True)
 class Presence:
-    """A site as the connection knows it. `activated` changes whenever the site connects anew."""
+    """A site as the connection knows it. `activated` changes whenever the site connects anew.
+
+    A contested site, see `server.instances`, counts as offline.
+    """
 
     site: str
     online: bool
     activated: str
     last_seen: float | None  # epoch seconds of its last authenticated request to this process
+    contested: bool = False
 
 
 class StoppedError(WardroundError):
@@ -117,6 +121,7 @@ class FleetGrid(Grid):
                 self._saw(presence)
                 online = {node for node in asked if node in presence and presence[node].online}
                 self._absent -= online
+                self._absent |= {node for node in asked if node in presence and presence[node].contested}
                 for node, reply in self._collect({node: asked[node] for node in online}):
                     replies.append(reply)
                     del asked[node]

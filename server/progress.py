@@ -96,7 +96,10 @@ class Now:
 
     def _write(self) -> None:
         self._written = time.monotonic()
-        sites = {name: {"online": p.online, "last_seen": p.last_seen} for name, p in self.presence.items()}
+        sites = {
+            name: {"online": p.online, "last_seen": p.last_seen, "contested": p.contested}
+            for name, p in self.presence.items()
+        }
         content = {
             "time": time.time(),
             "process": os.getpid(),
@@ -118,6 +121,7 @@ class SiteStatus:
     Attributes:
         admitted: its key is on the roster.
         online, last_seen: as the running server sees it; None when no server runs, or it was never seen.
+        contested: the running server heard two processes with its key, and listens to neither.
         rounds: rounds it answered with an update.
         last_refusal: why it had none in the last round that it missed, with the round's number.
         epsilon: of the plan's first steps, as many as the server knows of; the site's own ledger may have marked more.
@@ -128,6 +132,7 @@ class SiteStatus:
     admitted: bool
     online: bool | None
     last_seen: float | None
+    contested: bool
     rounds: int
     last_refusal: str | None
     epsilon: float
@@ -191,6 +196,7 @@ def summarise(
                 site in admitted,
                 seen.get("online") if now else None,
                 seen.get("last_seen"),
+                seen.get("contested", False),
                 sum(line["counted"] and site in line["sites"] for line in lines),
                 f"{missed[-1][0]} (round {missed[-1][1]})" if missed else None,
                 epsilon_of(plan, min((len(answered) + failed) * steps, plan.priced_steps)),

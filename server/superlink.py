@@ -30,6 +30,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,11 +40,13 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from fastapi import HTTPException, Request
 from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import (
     HEARTBEAT_DEFAULT_INTERVAL,
     NOOP_ACCOUNT_NAME,
     NOOP_FLWR_AID,
     SUPERLINK_NODE_ID,
+    TIMESTAMP_HEADER,
     ErrorCode,
     Status,
 )
@@ -73,12 +76,14 @@ from sqlalchemy.exc import DBAPIError
 
 from common.errors import WardroundError
 from common.keys import as_flower_bytes
+from common.records import CONTESTED, INSTANCE_HEADER
 from server.grid import Presence
+from server.instances import Instances
 from server.public import Answer, Call, PublicPort, Tls
 
 ALIVE = 20.0  # seconds after which a poll renews a site's presence: it need not wait for the next heartbeat
 BEAT = 15.0  # seconds between signs of life of the run; Flower ends it after 60
-MOST_OBJECTS = 100_000  # in one reply; a network has a few dozen
+PIECE = 2**20  # Flower cuts arrays into larger ones
 MARGIN = 65_536  # bytes of a reply beside twice its request
 KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode()
 T = TypeVar("T")
@@ -114,7 +119,7 @@ class SuperLink:
     """Flower's SuperLink without a process of its own: sites, messages, and the port that sites call.
 
     Args:
-        database: SQLite file; made if missing.
+        database: SQLite file; made if missing. Beside it contested.json, see `server.instances`.
         listen: host and port of the public port; port 0 takes a free one.
         health: public facts for `GET /health`.
         tls: None serves plaintext; the caller sees to it that this is loopback.
@@ -132,6 +137,7 @@ class SuperLink:
     ) -> None:
         self.executor = ThreadPoolExecutor(1, "superlink-state")
         self._database, self._listen, self._tls = database, listen, tls
+        self._instances = Instances(database.with_name("contested.json"))
         self._public = PublicPort(self, health)
         self._news = threading.Event()
         self._sites: dict[bytes, str] = {}  # public key as Flower stores it -> site
@@ -143,7 +149,8 @@ class SuperLink:
         self._readable: dict[int, set[str]] = {}  # node -> the objects of what it was sent
         self._arrivals: dict[str, _Arrival] = {}  # push session -> what it brings
         self._lost: set[str] = set()  # messages whose reply broke off
-        self._most = 0  # bytes that a reply may have: an update is as large as the weights
+        # What a reply may have, an update being as large as the weights: bytes; those that are no array's; objects.
+        self._most = self._most_words = self._most_objects = 0
         self._mail: set[int] = set()
         self._polling: set[int] = set()  # nodes that have asked for a message since they last came
         self._seen: dict[int, float] = {}
@@ -256,9 +263,12 @@ class SuperLink:
         return {
             node.node_id: Presence(
                 self._sites[node.public_key],
-                node.status == NodeStatus.ONLINE and node.node_id in self._polling,
+                node.status == NodeStatus.ONLINE
+                and node.node_id in self._polling
+                and not self._instances.contested(node.public_key),
                 node.last_activated_at,
                 self._seen.get(node.node_id),
+                self._instances.contested(node.public_key),
             )
             for node in self._nodes()
             if node.public_key in self._sites
@@ -277,6 +287,9 @@ class SuperLink:
             for key in self._store.preregister(self._run, tree):
                 self._store.put(key, contents[key])
         self._most = 2 * sum(map(len, contents.values())) + MARGIN
+        self._most_words = 2 * sum(len(one) for one in contents.values() if not _is_piece(one)) + MARGIN
+        arrays = _arrays(message.content)
+        self._most_objects = 8 + sum(2 + len(array.data) // PIECE for array in arrays)
         self._copies[name] = node
         self._readable.setdefault(node, set()).update(objects)
         self._mail.add(node)
@@ -305,7 +318,7 @@ class SuperLink:
         try:
             leaves = iterate_object_tree(self._store.get_object_tree(name))
             contents = {key: self._store.get(key) or b"" for key in (leaf.object_id for leaf in leaves)}
-            content = _content(name, contents, self._most)
+            content = _content(name, contents, self._most, self._most_words)
         except Exception:  # whatever a site may have made up
             content = None
         error = Error(code=ErrorCode.UNKNOWN) if content is None else None
@@ -340,6 +353,9 @@ class SuperLink:
             authenticate_node(asked)
         except HTTPException as error:
             return Answer(error.status_code, json.dumps({"detail": error.detail}).encode())
+        if not self._hear(asked, greets=path in (ACTIVATE, DEACTIVATE)):
+            self._news.set()
+            return Answer(409, json.dumps({"detail": CONTESTED}).encode())
         if path == ACTIVATE:
             node = self._node_of.get(request.public_key, 0)
         else:
@@ -348,10 +364,18 @@ class SuperLink:
         if path == PULL and node not in self._polling:
             self._polling.add(node)
             self._news.set()
-        if path == PUSH and not _speaks_for_itself(request, node):
+        if path == PUSH and not _speaks_for_itself(request, node, self._most_objects):
             return Answer(400, b'{"detail": "one reply, of the node that sends it"}')
         run = request.messages_list[0].metadata.run_id if path == PUSH else getattr(request, "run_id", self._run)
         return Call(path, node, request) if run == self._run else _refusal(ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED)
+
+    def _hear(self, asked: Request, *, greets: bool) -> bool:
+        """Whether the sender of this authenticated request is the one process of its site."""
+        key, signed = base64.b64decode(asked.headers[KEY_HEADER.decode()]), asked.headers[TIMESTAMP_HEADER]
+        instance = asked.headers.get(INSTANCE_HEADER, "")
+        return self._instances.hear(
+            key, self._sites.get(key, "unknown"), instance, datetime.fromisoformat(signed), greets=greets
+        )
 
     def perform(self, call: Call) -> Answer:
         """Answer an authenticated call."""
@@ -441,19 +465,23 @@ class SuperLink:
         return message_pb2.PushObjectResponse(stored=True)
 
 
-def _speaks_for_itself(request: fleet_pb2.PushMessagesRequest, node: int) -> bool:
-    """One reply with its objects, from `node` to the server: nothing in another's name, and no instruction."""
+def _speaks_for_itself(request: fleet_pb2.PushMessagesRequest, node: int, most: int) -> bool:
+    """One reply of at most `most` objects, from `node` to the server: nothing in another's name, no instruction."""
     if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
         return False
     said = request.messages_list[0].metadata
     if (said.src_node_id, said.dst_node_id) != (node, SUPERLINK_NODE_ID) or not said.reply_to_message_id:
         return False
-    some = islice(iterate_object_tree(request.message_object_trees[0]), MOST_OBJECTS + 1)
-    return sum(1 for _ in some) <= MOST_OBJECTS
+    some = islice(iterate_object_tree(request.message_object_trees[0]), most + 1)
+    return sum(1 for _ in some) <= most
 
 
-def _content(name: str, contents: dict[str, bytes], most: int) -> RecordDict | None:
-    """What a site's objects say, or None. An array may name one piece a million times: sizes are counted first."""
+def _content(name: str, contents: dict[str, bytes], most: int, most_words: int) -> RecordDict | None:
+    """What a site's objects say, or None. Sizes are counted first: an array may name one piece a million times, and a
+    record of a million numbers is a hundred times as large in memory as on its way.
+    """
+    if sum(len(content) for content in contents.values() if not _is_piece(content)) > most_words:
+        return None
     total = 0
     for content in contents.values():
         kind, children, _ = get_object_head_values_from_object_content(content)
@@ -463,10 +491,16 @@ def _content(name: str, contents: dict[str, bytes], most: int) -> RecordDict | N
     written = inflate_object_from_contents(name, contents) if total <= most else None
     if not isinstance(written, Message) or not written.has_content():
         return None
-    arrays = [
-        array for record in written.content.values() if isinstance(record, ArrayRecord) for array in record.values()
-    ]
-    return written.content if sum(len(array.data) for array in arrays) <= most else None
+    return written.content if sum(len(array.data) for array in _arrays(written.content)) <= most else None
+
+
+def _is_piece(content: bytes) -> bool:
+    """Whether an object's bytes are a piece of an array's numbers."""
+    return content.startswith(b"%s " % ArrayChunk.__qualname__.encode())
+
+
+def _arrays(content: RecordDict) -> list[Array]:
+    return [array for record in content.values() if isinstance(record, ArrayRecord) for array in record.values()]
 
 
 def _refusal(code: int, details: str | None = None) -> Answer:

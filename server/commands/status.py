@@ -82,7 +82,9 @@ def _shown(folder: ServerFolder) -> Group:
     for column in ("site", "declared", "connection", "last seen", "rounds", "epsilon so far", "last without update"):
         table.add_column(column, overflow="fold")
     for site in status.sites:
-        online = {True: "connected", False: "away", None: "unknown"}[site.online]
+        online = (
+            "contested: call it" if site.contested else {True: "connected", False: "away", None: "unknown"}[site.online]
+        )
         table.add_row(
             site.site,
             f"{site.declared_patients:,}",

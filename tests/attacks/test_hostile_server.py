@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MessageType, MetricRecord, RecordDict
 
-from client.checks import begin_ledger, check
 from client.ledger_file import read_accounts
 from client.state import LEDGER, LOG
 from common.models.network import build_network
@@ -32,7 +31,7 @@ from common.study import Study
 from common.training import state_of
 from common.weights import Weights
 from tests.client.coordinator import Authority, Coordinator
-from tests.client.hospitals import with_key, write_site, write_study
+from tests.client.hospitals import enrolled_at, write_site, write_study
 from tests.server.hospitals import wait_until
 from tests.server.processes import ROOT
 
@@ -190,12 +189,7 @@ def story(cohort: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     told = Story(folder=folder)
     with Coordinator(study, authority.context()) as server:
         path = write_site(folder, cohort["north"], {"address": f"localhost:{server.port}", "ca": str(authority.file)})
-        site, state, key = with_key(path)
-        server.admit(key.public_key())
-        with state.lock():
-            found = check(site, state, lambda _name, _detail: None)
-            begin_ledger(site, state, found.patients)
-            found.enrolment.write(state)
+        state = enrolled_at(path, server.admit)
         log = state / LOG
 
         def ask(name: str, content: RecordDict, kind: str = MessageType.TRAIN) -> Reply:

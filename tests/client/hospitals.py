@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 
+from client.checks import begin_ledger, check
 from client.site_file import SiteFile, load_site_file
 from client.state import KEY, StateFolder
 from common.keys import generate, private_to_pem, write_private
@@ -51,3 +53,14 @@ def with_key(path: Path) -> tuple[SiteFile, StateFolder, EllipticCurvePrivateKey
     key = generate()
     write_private(state / KEY, private_to_pem(key))
     return site, state, key
+
+
+def enrolled_at(path: Path, admit: Callable[[EllipticCurvePublicKey], object]) -> StateFolder:
+    """The state folder after `client keygen` and a yes to `client enrol`, which asks the server; `admit` lets it in."""
+    site, state, key = with_key(path)
+    admit(key.public_key())
+    with state.lock():
+        found = check(site, state, lambda _name, _detail: None)
+        begin_ledger(site, state, found.patients)
+        found.enrolment.write(state)
+    return state

@@ -20,14 +20,13 @@ from pathlib import Path
 
 import pytest
 
-from client.checks import begin_ledger, check
 from client.state import LOG
 from common.models.network import build_network
 from common.provenance import code_digest
 from common.records import Header, Reply, Request, Status, reply_from_message, request_to_content
 from common.training import state_of
 from tests.client.coordinator import Authority, Coordinator
-from tests.client.hospitals import with_key, write_site, write_study
+from tests.client.hospitals import enrolled_at, write_site, write_study
 from tests.client.scripted import SECRET
 
 pytestmark = [
@@ -101,12 +100,7 @@ def story(cohort: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
     with Coordinator(study, authority.context()) as server, none_left(processes):
         path = write_site(folder, cohort["north"], {"address": f"localhost:{server.port}", "ca": str(authority.file)})
-        site, state, key = with_key(path)
-        server.admit(key.public_key())
-        with state.lock():
-            found = check(site, state, lambda _name, _detail: None)
-            begin_ledger(site, state, found.patients)
-            found.enrolment.write(state)
+        state = enrolled_at(path, server.admit)
 
         def start() -> subprocess.Popen[str]:
             server.online.clear()

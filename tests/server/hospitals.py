@@ -86,7 +86,7 @@ class Connection:
         run, name = announced.metadata.run_id, announced.metadata.message_id
         leaves = {leaf.object_id for leaf in iterate_object_tree(answer.message_object_trees[0])}
         contents = {leaf: self.pull_object(run, leaf) for leaf in leaves}
-        if not all(contents.values()):
+        if not all(contents.values()):  # its round has ended meanwhile
             return None
         message = inflate_object_from_contents(name, contents)
         assert isinstance(message, Message)

@@ -109,7 +109,7 @@ def test_the_moment_is_seen_until_it_is_old(tmp_path: Path, monkeypatch: pytest.
     found = read_now(now.path)
     assert found is not None
     assert (found["phase"], found["round"]) == ("round", 3)
-    assert found["sites"] == {"north": {"online": True, "last_seen": 123.0}}
+    assert found["sites"] == {"north": {"online": True, "last_seen": 123.0, "contested": False}}
     written = json.loads(now.path.read_text())["time"]
     monkeypatch.setattr(time, "time", lambda: written + STALE + 1)
     assert read_now(now.path) is None
