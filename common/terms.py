@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import stat
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -81,9 +82,13 @@ class _PlainLoader(yaml.SafeLoader):
 def read_yaml(path: Path) -> Any:
     """The plain data in a YAML file. Raises ConfigurationError naming file and line."""
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise ConfigurationError(f"{size} bytes, more than the {MAX_FILE_BYTES} allowed; name another file")
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a study may name its features: a device or a pipe would have no end
+            raise ConfigurationError("not a plain file; name another one")
+        if found.st_size > MAX_FILE_BYTES:
+            raise ConfigurationError(
+                f"{found.st_size} bytes, more than the {MAX_FILE_BYTES} allowed; name another file"
+            )
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)  # noqa: S506 (a SafeLoader subclass)
     except FileNotFoundError:
         raise ConfigurationError(f"{path}: no such file; check the path") from None

@@ -8,6 +8,7 @@ the pin were forged.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -152,6 +153,25 @@ FILES: dict[str, tuple[str, str]] = {
     "a name with a path": ("name: ../../etc/cron.d/x", "name"),
     "a small file that is a large one": ("x: &a [1, 2]\ny: [*a, *a, *a]", "aliases"),
     "a term twice": ("version: 1\nversion: 1", "twice"),
+    "a billion laughs": (
+        "x0: &x0 [ha]\n" + "".join(f"x{i + 1}: &x{i + 1} [*x{i}, *x{i}, *x{i}]\n" for i in range(30)),
+        "aliases",
+    ),
+    "an anchor alone": ("name: &name x\nextra: 1", "unknown key `extra`"),
+    "a merge of what stands elsewhere": ("x: &a {version: 1}\ntask: {<<: *a}", "aliases"),
+    "a tower of brackets": ("x: " + "[" * 100_000, "not valid YAML"),
+    "a number with five thousand digits": ("quorum: " + "9" * 5_000, "not valid YAML"),
+    "a number in base 60": ("quorum: " + ":".join(["59"] * 3_000), "not valid YAML|quorum"),
+    "rounds without end": ("training: {rounds: 1e400, learning_rate: 1}", "training.rounds"),
+    "rounds as many as atoms": ("training: {rounds: 100000000000000000000, learning_rate: 1}", "training.rounds"),
+    "a learning rate that is none": ("training: {rounds: 3, learning_rate: .nan}", "training.learning_rate"),
+    "an infinite clip": ("privacy: {epsilon: 1, delta: 1.0e-5, clip: .inf}", "privacy.clip"),
+    "a network as large as memory": ("model: {cell: gru, hidden: 1000000000}", "model.hidden"),
+    "a sequence as long as a life": ("records: {max_steps: 1000000000000}", "records.max_steps"),
+    "more patients than people": ("sites: {north: {declared_patients: 10000000000}}", "declared_patients"),
+    "a task with a path": ("task: {name: ../../other-hospital/labels, prevalence: 0.1}", "task.name"),
+    "a site with a path": ("sites: {../east: {declared_patients: 50}}", "sites"),
+    "a site that steers the terminal": ('sites: {"\\e[2J": {declared_patients: 50}}', "sites"),
 }
 
 
@@ -178,6 +198,52 @@ def test_a_study_file_is_read_as_terms_or_not_at_all(
         load_study(tmp_path / "study.yaml")
     assert str(refused.value).isprintable()
     assert not (tmp_path / OWNED).exists()
+
+
+PLACES = {
+    "a device without end": lambda _folder: "/dev/zero",
+    "a pipe that nobody writes to": lambda folder: _pipe(folder / "pipe"),
+    "a folder": lambda folder: str(folder),
+    "another hospital's records": lambda folder: _records(folder / "other"),
+    "this hospital's key": lambda folder: _secret(folder / "key"),
+}
+
+
+def _pipe(path: Path) -> str:
+    os.mkfifo(path)
+    return str(path)
+
+
+def _records(folder: Path) -> str:
+    folder.mkdir()
+    (folder / "subject.yaml").write_text("4711: PATIENT\n")
+    return str(folder / "subject.yaml")
+
+
+def _secret(path: Path) -> str:
+    path.write_text("PRIVATE: 4711\n")
+    return str(path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="devices and pipes")
+@pytest.mark.parametrize("place", PLACES)
+def test_features_that_are_elsewhere_are_read_as_features_or_not_at_all(place: str, tmp_path: Path) -> None:
+    """A study may name its feature file: what has no end is not read, and no value of what is none is shown."""
+    terms = yaml.safe_load((CONFIGS / "demo.yaml").read_text()) | {"features": PLACES[place](tmp_path)}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(terms))
+    with pytest.raises(ConfigurationError) as refused:
+        load_study(tmp_path / "study.yaml")
+    assert "PATIENT" not in str(refused.value)
+
+
+def test_a_study_cannot_say_where_records_are(place: Place, cohort: dict[str, Path]) -> None:
+    """Its section for simulations may name another hospital's folder; a hospital's client reads its own site file's."""
+    study = place.exchange(simulation={"data": str(cohort["east"].parent)})
+    assert study.digest() == place.honest.digest()
+    hospital = Hospital.open(place.path)
+    own = len(hospital._site.dataset.sequences.patient_id)
+    place.exchange()
+    assert len(Hospital.open(place.path)._site.dataset.sequences.patient_id) == own
 
 
 @pytest.mark.parametrize("field", ["wardround", "study", "code"])
