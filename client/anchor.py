@@ -52,8 +52,7 @@ class Anchor:
         Raises:
             LedgerError: it cannot be written, or the path is a link; the old one stands.
         """
-        if path.is_symlink():
-            raise LedgerError(f"{path}: the anchor is a symbolic link; name the file itself")
+        _no_link(path)
         try:
             replace_durably(path, json.dumps({"version": VERSION, **asdict(self)}, allow_nan=False).encode())
         except OSError as error:
@@ -64,7 +63,13 @@ class Anchor:
 
     @classmethod
     def read(cls, path: Path) -> Anchor | None:
-        """What the file says; None if there is none. Raises RollbackError if it cannot be read."""
+        """What the file says; None if there is none.
+
+        Raises:
+            RollbackError: it cannot be read.
+            LedgerError: the path is a link.
+        """
+        _no_link(path)
         try:
             plain = json.loads(path.read_bytes())
             if plain["version"] > VERSION:
@@ -79,6 +84,12 @@ class Anchor:
                 f"{path}: the ledger's anchor cannot be read ({type(error).__name__}); bring its disk back, or remove "
                 f"the file and {ACCEPT}"
             ) from None
+
+
+def _no_link(path: Path) -> None:
+    """Whoever can exchange what a link names decides how far the ledger has come."""
+    if path.is_symlink():
+        raise LedgerError(f"{path}: the anchor is a symbolic link; name the file itself")
 
 
 def check(path: Path, ledger: Path, accounts: Accounts, heads: list[str]) -> None:

@@ -91,16 +91,18 @@ def read_yaml(path: Path) -> Any:
             )
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)  # noqa: S506 (a SafeLoader subclass)
     except FileNotFoundError:
-        raise ConfigurationError(f"{path}: no such file; check the path") from None
+        raise ConfigurationError(f"{_printable(path)}: no such file; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path}: cannot be read ({type(error).__name__}); expected UTF-8 YAML") from None
+        raise ConfigurationError(
+            f"{_printable(path)}: cannot be read ({type(error).__name__}); expected UTF-8 YAML"
+        ) from None
     except ConfigurationError as error:
-        raise ConfigurationError(f"{path}: {error}") from None
+        raise ConfigurationError(f"{_printable(path)}: {error}") from None
     except Exception as error:  # yaml's own, RecursionError, and what `!!bool maybe` or `2020-13-45` raise inside yaml
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or type(error).__name__
-        raise ConfigurationError(f"{path}{where}: not valid YAML: {problem}") from None
+        raise ConfigurationError(f"{_printable(path)}{where}: not valid YAML: {_printable(problem)}") from None
 
 
 def load(path: Path, model: type[T]) -> T:
@@ -171,8 +173,13 @@ def _walk(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[list
 
 def _plain(key: Any) -> str:
     """A key fit for an error message: at most 60 characters, and such as every terminal can print."""
-    text = str(key).encode("utf-8", "backslashreplace").decode()
+    text = _printable(key)
     return text if len(text) <= 60 else text[:60] + "..."
+
+
+def _printable(text: Any) -> str:
+    """Text whose control characters are written out: a file that somebody else made must not steer a terminal."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in str(text))
 
 
 def _flatten(annotation: Any) -> list[Any]:

@@ -161,17 +161,7 @@ FILES: dict[str, tuple[str, str]] = {
     "a merge of what stands elsewhere": ("x: &a {version: 1}\ntask: {<<: *a}", "aliases"),
     "a tower of brackets": ("x: " + "[" * 100_000, "not valid YAML"),
     "a number with five thousand digits": ("quorum: " + "9" * 5_000, "not valid YAML"),
-    "a number in base 60": ("quorum: " + ":".join(["59"] * 3_000), "not valid YAML|quorum"),
-    "rounds without end": ("training: {rounds: 1e400, learning_rate: 1}", "training.rounds"),
-    "rounds as many as atoms": ("training: {rounds: 100000000000000000000, learning_rate: 1}", "training.rounds"),
-    "a learning rate that is none": ("training: {rounds: 3, learning_rate: .nan}", "training.learning_rate"),
-    "an infinite clip": ("privacy: {epsilon: 1, delta: 1.0e-5, clip: .inf}", "privacy.clip"),
-    "a network as large as memory": ("model: {cell: gru, hidden: 1000000000}", "model.hidden"),
-    "a sequence as long as a life": ("records: {max_steps: 1000000000000}", "records.max_steps"),
-    "more patients than people": ("sites: {north: {declared_patients: 10000000000}}", "declared_patients"),
-    "a task with a path": ("task: {name: ../../other-hospital/labels, prevalence: 0.1}", "task.name"),
-    "a site with a path": ("sites: {../east: {declared_patients: 50}}", "sites"),
-    "a site that steers the terminal": ('sites: {"\\e[2J": {declared_patients: 50}}', "sites"),
+    "a number in base 60": ("quorum: " + ":".join(["59"] * 3_000), "limit"),
 }
 
 
@@ -198,6 +188,34 @@ def test_a_study_file_is_read_as_terms_or_not_at_all(
         load_study(tmp_path / "study.yaml")
     assert str(refused.value).isprintable()
     assert not (tmp_path / OWNED).exists()
+
+
+BEYOND: dict[str, tuple[str, str]] = {
+    "rounds without end": ("training: {rounds: 1e400, learning_rate: 1}", "training.rounds"),
+    "rounds as many as atoms": ("training: {rounds: 100000000000000000000, learning_rate: 1}", "training.rounds"),
+    "a learning rate that is none": ("training: {rounds: 3, learning_rate: .nan}", "training.learning_rate"),
+    "an infinite clip": ("privacy: {epsilon: 1, delta: 1.0e-5, clip: .inf}", "privacy.clip"),
+    "a network as large as memory": ("model: {cell: gru, hidden: 1000000000}", "model.hidden"),
+    "a sequence as long as a life": ("records: {max_steps: 1000000000000}", "records.max_steps"),
+    "more patients than people": ("sites: {north: {declared_patients: 10000000000}}", "declared_patients"),
+    "a task with a path": ("task: {name: ../../other-hospital/labels, prevalence: 0.1}", "task.name"),
+    "a site with a path": ("sites: {../east: {declared_patients: 50}}", "sites"),
+    "a site that steers the terminal": ('sites: {"\\e[2J": {declared_patients: 50}}', "sites"),
+    "features that steer the terminal": ('features: "\\e[2Jx.yaml"', "no such file"),
+    "features that name no path": ('features: "\\0"', "not valid YAML"),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_a_section_beyond_all_bounds_is_refused_in_words(name: str, tmp_path: Path) -> None:
+    """Numbers without end, paths and control characters as names: refused by key, and shown so that nothing acts."""
+    line, expected = BEYOND[name]
+    terms = yaml.safe_load((CONFIGS / "demo.yaml").read_text()) | {"features": str(CONFIGS / "features/synthetic.yaml")}
+    del terms[line.split(":")[0]]
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(terms) + line + "\n")
+    with pytest.raises(ConfigurationError, match=expected) as refused:
+        load_study(tmp_path / "study.yaml")
+    assert str(refused.value).replace("\n", "").isprintable()
 
 
 PLACES = {

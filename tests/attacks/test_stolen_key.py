@@ -68,7 +68,13 @@ def story(cohort: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     kept = make_folder(folder / "study", study, {"east": east}, deadline_seconds=600.0)
 
     def admit(key: EllipticCurvePublicKey) -> None:
+        before = read_rosters()
         kept.admit("north", key, replace=True)
+        wait_until(lambda: read_rosters() > before, 300)
+
+    def read_rosters() -> int:
+        """How often the running server has taken up a new roster."""
+        return (kept.state / "server.log").read_text().count("roster:")
 
     def moment() -> progress.Status:
         lines = progress.read(kept.metrics)
@@ -218,7 +224,7 @@ def test_of_two_of_our_own_neither_is_heard(link: SuperLink) -> None:
                 return True
             return False
 
-        wait_until(contested, "a second after the other's hello", 60)
+        wait_until(contested, 300)
         for fleet in (one, two):
             with pytest.raises(ContestedError, match=ALARM):
                 fleet.pull(Limit.of([8]))
@@ -245,4 +251,4 @@ def test_a_thief_without_the_sites_number_does_not_get_in_unseen(link: SuperLink
                 return True
             return False
 
-        wait_until(contested, "the alarm", 60)
+        wait_until(contested, 300)
