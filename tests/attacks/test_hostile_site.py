@@ -152,7 +152,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
 
         north, east = (Hospital(server.address, keys[site], honest, folder.authority) for site in ("north", "east"))
         with Hostile(server.address, keys["west"], same, folder.authority), north, east:
-            wait_until(lambda: folder.metrics.exists(), 240)  # the first attack is a small one; all is loaded now
+            wait_until(folder.metrics.exists, 1200)  # the first attack is a small one; all is loaded now
             pause = threading.Event()
             before = after = peak_kb(server.process.pid)
             while server.process.poll() is None:

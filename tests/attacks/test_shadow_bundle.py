@@ -111,7 +111,7 @@ def flwr_run(app: Path, home: Path, connection: str) -> subprocess.CompletedProc
     (home / "config.toml").write_text(f'[superlink]\ndefault = "target"\n\n[superlink.target]\n{connection}\n')
     command = [sys.executable, "-c", "from flwr.cli.app import app; app()", "run", str(app), "target"]
     environment = {**os.environ, **QUIET, "FLWR_HOME": str(home)}
-    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
 
 def test_our_server_knows_no_such_command(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ class Front:
                 body = self.rfile.read(int(self.headers.get("content-length", "0")))
                 kept = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")}
                 answer = httpx.post(
-                    f"http://127.0.0.1:{upstream}{self.path}", content=body, headers=kept, trust_env=False, timeout=60
+                    f"http://127.0.0.1:{upstream}{self.path}", content=body, headers=kept, trust_env=False, timeout=300
                 )
                 self._say(answer.status_code, answer.content, answer.headers.get("content-type", ""))
 
@@ -211,7 +211,7 @@ def story(cohort: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
         (folder / "stock").mkdir()
         start("superlink", *arguments, FLWR_HOME=str(folder / "stock"), PATH=path, PYTHONPATH="")
-        wait_until(lambda: answers(port), 120)
+        wait_until(lambda: answers(port), 1200)
 
         place = write_site(folder, cohort["north"], {"address": f"127.0.0.1:{front.port}", "plaintext": True})
         site, state, key = with_key(place)
@@ -224,12 +224,12 @@ def story(cohort: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         fleet.RegisterNode(fleet_pb2.RegisterNodeFleetRequest(public_key=public))
         fleet.close()
         start("client", "-m", "wardround", "client", "run", str(place))
-        wait_until(lambda: "connected to" in ((state / LOG).read_text() if (state / LOG).exists() else ""), 240)
+        wait_until(lambda: "connected to" in ((state / LOG).read_text() if (state / LOG).exists() else ""), 1200)
 
         ran = flwr_run(app, folder / "home", f'address = "127.0.0.1:{port}"\ninsecure = true\n')
         assert ran.returncode == 0, ran.stdout + ran.stderr
         replies = folder / "marks" / "replies"
-        wait_until(replies.exists, 200)
+        wait_until(replies.exists, 600)
         yield Story(
             replies.read_text(),
             {mark.name for mark in (folder / "marks").iterdir()},
