@@ -65,7 +65,7 @@ class StateFolder:
                     f"{path}: holds files, but no `version` file of wardround; name an empty folder for the state"
                 )
             write_private(path / "version", b"%d\n" % STATE_VERSION)
-        found = (path / "version").read_text(encoding="utf-8", errors="replace").strip()[:20]
+        found = ascii((path / "version").read_text(encoding="utf-8", errors="replace").strip()[:20])[1:-1]
         if found != str(STATE_VERSION):
             raise ConfigurationError(
                 f"{path}: state of version {found}, this wardround reads {STATE_VERSION}; install the wardround that "

@@ -46,20 +46,19 @@ def append(path: Path, record: RoundRecord, *, counted: bool) -> None:
 
 
 def read(path: Path, upto: int | None = None) -> list[dict[str, Any]]:
-    """The lines so far. A last line that a crash cut off is left out; of a counted round only its last line stays.
+    """The lines so far. What is no whole line is left out; of a counted round only its last line stays.
 
     A crash between a round's line and its checkpoint leaves a line of a round that did not count; `upto`, the
     checkpoint's round, leaves those out.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except FileNotFoundError:
         return []
     lines: list[dict[str, Any]] = []
-    for raw in text.splitlines():
-        try:
-            line = json.loads(raw)
-        except json.JSONDecodeError:
+    for raw in content.splitlines():
+        line = _plain(raw, round=int, counted=bool, seconds=(int, float), sites=list, refused=dict)
+        if line is None:
             continue
         if not line["counted"] or upto is None or line["round"] <= upto:
             lines.append(line)
@@ -221,11 +220,23 @@ def summarise(
 def read_now(path: Path) -> dict[str, Any] | None:
     """now.json, or None if the server that wrote it has ended or has not been heard of for `STALE` seconds."""
     try:
-        now: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        now = _plain(path.read_bytes(), time=(int, float), phase=str, note=str, sites=dict)
+    except FileNotFoundError:
+        return None
+    if now is None:
         return None
     ended = now["phase"] in ("finished", "stopped")
     return None if ended or time.time() - now["time"] > STALE else now
+
+
+def _plain(content: bytes, **types: type | tuple[type, ...]) -> dict[str, Any] | None:
+    """A JSON object with at least these keys and types; None if it is none, as after a power cut."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in types.items())
+    return found if whole else None
 
 
 def round_of(checkpoint: Path) -> int:

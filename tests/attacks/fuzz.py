@@ -141,12 +141,13 @@ def largest_kb() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def work(seconds: float) -> int:
+def work(seconds: float, only: str = "") -> int:
     """The bounded process: all decoders in turn until the time is over; says what it does as it goes."""
     import resource
 
     faults = 0
-    with tempfile.TemporaryDirectory() as folder, all_decoders(Path(folder)) as decoders:
+    with tempfile.TemporaryDirectory() as folder, all_decoders(Path(folder)) as found:
+        decoders = [decoder for decoder in found if only in decoder.name]
         tallies = {decoder.name: Tally() for decoder in decoders}
         for decoder in decoders:
             print(f"... {decoder.name}", flush=True)
@@ -187,13 +188,23 @@ def main() -> int:
     """Start the bounded process and listen to it, because a signal does not end a library's endless loop."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--only", default="", help="decoders whose names hold this")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        return work(60 * arguments.minutes)
+        return work(60 * arguments.minutes, arguments.only)
     import selectors
 
-    command = [sys.executable, "-m", "tests.attacks.fuzz", "--work", "--minutes", str(arguments.minutes)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.attacks.fuzz",
+        "--work",
+        "--minutes",
+        str(arguments.minutes),
+        "--only",
+        arguments.only,
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, selectors.DefaultSelector() as ready:
         assert process.stdout is not None
         ready.register(process.stdout, selectors.EVENT_READ)

@@ -16,7 +16,7 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_object_id
 
 from client.fleet import ActivationError, Fleet, Incoming, _RefusedError, bodies, rehearsal
-from client.network import OBJECT_BYTES, Limit, NetworkError
+from client.network import OBJECT_BYTES, ContestedError, Limit, NetworkError
 from common.keys import generate
 from common.provenance import code_digest
 from common.records import (
@@ -344,6 +344,33 @@ def test_a_reply_that_cannot_be_taken_now_is_a_network_error(
     reply = Message(reply_to_content(Reply(REQUEST.header, Status.BUDGET)), reply_to=incoming.message)
     with pytest.raises(NetworkError, match=f"HTTP status {status}"):
         fleet.push(reply, incoming.message)
+
+
+@pytest.mark.parametrize("route", ["pull-messages", "send-node-heartbeat", "activate-node", "push-messages"])
+def test_a_contested_key_is_told_apart_from_every_other_refusal(
+    coordinator: Coordinator, fleet: Fleet, route: str
+) -> None:
+    """The server's word for it is ContestedError, in every call; no goodbye is said."""
+    calls: dict[str, Callable[[], object]] = {
+        "pull-messages": lambda: fleet.pull(LIMIT),
+        "send-node-heartbeat": fleet.heartbeat,
+        "activate-node": fleet.activate,
+        "push-messages": lambda: fleet.push(Message(RecordDict(), reply_to=asked), asked),
+    }
+    asked = rehearsal(RecordDict(), 7)
+    fleet.activate()
+    coordinator.answers[route] = lambda _request: (409, b'{"detail": "contested"}')
+    with pytest.raises(ContestedError, match="call the coordinator"):
+        calls[route]()
+    assert not fleet.online
+
+
+def test_another_conflict_is_a_network_error(coordinator: Coordinator, fleet: Fleet) -> None:
+    """Status 409 with another word, as a proxy may say it, is tried again like any failure."""
+    fleet.activate()
+    coordinator.answers["send-node-heartbeat"] = lambda _request: (409, b'{"detail": "something else"}')
+    with pytest.raises(NetworkError):
+        fleet.heartbeat()
 
 
 def test_a_dry_runs_bodies_are_what_would_be_sent(coordinator: Coordinator, fleet: Fleet) -> None:

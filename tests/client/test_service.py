@@ -18,7 +18,7 @@ from client import service
 from client.enrolment import Enrolment
 from client.fleet import Incoming, rehearsal
 from client.heartbeat import Heartbeat
-from client.network import Health, Limit, NetworkError
+from client.network import ContestedError, Health, Limit, NetworkError
 from client.service import Service, serve
 from client.site_file import SiteFile
 from client.state import NODE, StateFolder
@@ -275,6 +275,16 @@ def test_ten_minutes_without_a_server_are_over_a_wait_later(hospital: Any, clock
     run(hospital, Trained(), network, clock, connect=connect)
     assert 600 <= tries[-1] <= 600 + 1.2 * service.LONGEST_WAIT
     assert len(tries) <= 20
+
+
+def test_a_second_process_with_the_key_ends_it_with_an_error(
+    hospital: Any, clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It does not try again, and says why in the log as an error."""
+    network = Network([ContestedError("another process uses this site's key")], clock)
+    with caplog.at_level(logging.ERROR, "wardround.client"), pytest.raises(ContestedError):
+        run(hospital, Trained(), network, clock)
+    assert [record.getMessage() for record in caplog.records] == ["another process uses this site's key"]
 
 
 def test_it_comes_back_with_the_number_of_before(hospital: Any, clock: list[float]) -> None:

@@ -119,6 +119,15 @@ def test_the_deadline_ends_a_round_with_what_has_come() -> None:
     assert link.cleared == 1
 
 
+def test_a_contested_site_is_not_waited_for() -> None:
+    """The round ends with the others' replies, not at the deadline, and the site is not asked."""
+    link = script(2)
+    link.sites[3] = Presence("site3", False, "1", None, contested=True)
+    link.at(5.0, lambda: link.answer(2))
+    assert nodes_of(grid_of(link).send_and_receive(messages(2, 3), timeout=DEADLINE)) == [2]
+    assert (link.asked(3), link.now) == ([], 5.0)
+
+
 def test_a_message_outlives_its_round_by_the_slack_only() -> None:
     """A copy's time to live is what is left of the deadline, and the slack for a site's clock."""
     link = script(2)

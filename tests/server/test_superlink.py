@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.serde import message_to_proto
 from flwr.proto import fleet_pb2
@@ -435,6 +435,32 @@ def test_an_array_cannot_name_a_piece_a_million_times(study: Study) -> None:
     found = study.link.replies([name])[name]
     assert found is not None
     assert found.has_error()
+
+
+def test_a_record_of_many_numbers_is_not_put_together(study: Study) -> None:
+    """Where a network is large, so are its replies; a record of numbers beside them is not, and becomes an error."""
+    north = study.connect("north")
+    name = study.send("north")
+    study.link._most = 10_000_000  # as for a network of a million weights
+    content = RecordDict({**answer(), "m": MetricRecord({str(number): number for number in range(30_000)})})
+    assert all(north.push(Message(content, reply_to=received(north))))
+    found = study.link.replies([name])[name]
+    assert found is not None
+    assert found.has_error()
+
+
+def test_a_reply_has_no_more_objects_than_the_network_needs(study: Study) -> None:
+    """A reply of fifty records is refused when it is announced, before anything of it is kept."""
+    north = study.connect("north")
+    name = study.send("north")
+    message, kept = received(north), len(study.link._store)
+    content = RecordDict({str(number): ConfigRecord({"n": number}) for number in range(50)})
+    with pytest.raises(httpx.HTTPStatusError) as refused:
+        north.push(Message(content, reply_to=message))
+    assert status_of(refused.value) == 400
+    assert len(study.link._store) == kept
+    assert north.push(Message(answer(2.0), reply_to=message))
+    assert value_of(study.link.replies([name])[name]) == 2.0
 
 
 def test_an_error_reply_brings_no_text(study: Study) -> None:
