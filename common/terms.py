@@ -84,7 +84,7 @@ def read_yaml(path: Path) -> Any:
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # a study may name its features: a device or a pipe would have no end
-            raise ConfigurationError("not a plain file; name another one")
+            raise ConfigurationError("cannot be read: not a plain file; name another one")
         if found.st_size > MAX_FILE_BYTES:
             raise ConfigurationError(
                 f"{found.st_size} bytes, more than the {MAX_FILE_BYTES} allowed; name another file"

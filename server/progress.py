@@ -223,7 +223,7 @@ def read_now(path: Path) -> dict[str, Any] | None:
         now = _plain(path.read_bytes(), time=(int, float), phase=str, note=str, sites=dict)
     except FileNotFoundError:
         return None
-    if now is None:
+    if now is None or not all(isinstance(site, dict) for site in now["sites"].values()):
         return None
     ended = now["phase"] in ("finished", "stopped")
     return None if ended or time.time() - now["time"] > STALE else now
