@@ -249,9 +249,8 @@ class Fleet:
 
     def goodbye(self, node: int) -> None:
         """Take the session with this number offline at once."""
-        with contextlib.suppress(
-            _RefusedError, ContestedError
-        ):  # it was offline already, or the server has forgotten it
+        # It was offline already, the server has forgotten it, or listens to nobody with this key.
+        with contextlib.suppress(_RefusedError, ContestedError):
             self._ask(lambda: self._client.DeactivateNode(DeactivateNodeRequest(node_id=node)))
 
     def _content(self, run: int, tree: ObjectTree, limit: Limit) -> RecordDict:
