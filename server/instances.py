@@ -15,7 +15,8 @@ Decisions a reader would question:
   takes the alarm back would be used where a key was stolen, too. The alarm is kept over a restart.
 
 What it cannot see: a thief who is online only while the site is not, and one who reads the number out of the site's
-process or copies the running machine. The first is found out when the site is asked next, if the thief sent a head of its own: see `Status.ROLLBACK`.
+process or copies the running machine. The first is found out when the site is asked next, if the thief sent a head of
+its own: see `Status.ROLLBACK`.
 """
 
 from __future__ import annotations
