@@ -77,6 +77,14 @@ def test_another_version_is_refused(folder: Path) -> None:
         StateFolder(folder)
 
 
+def test_a_version_that_is_none_is_shown_in_words(folder: Path) -> None:
+    """Control characters in the file do not reach the terminal; found by the fuzz."""
+    (folder / "version").write_bytes(b"\x1b[2J\x00")
+    with pytest.raises(ConfigurationError, match="state of version") as refused:
+        StateFolder(folder)
+    assert str(refused.value).isprintable()
+
+
 def test_one_process_at_a_time(folder: Path) -> None:
     """A second holder is refused while the first lives, and not after."""
     state = StateFolder(folder)

@@ -164,3 +164,22 @@ def test_status_is_for_people_or_for_programs(folder: ServerFolder) -> None:
 def test_a_moment_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     """`now.json` is for people who look: a full disk there ends no study."""
     Now(tmp_path / "nowhere" / "now.json").show("round", 1)
+
+
+NO_OBJECTS = [b"\x80", b"", b"null", b"[]", b'{"time": 1}', b"[" * 100_000, b'{"round": "1", "counted": true}']
+
+
+@pytest.mark.parametrize("content", NO_OBJECTS)
+def test_what_is_no_moment_is_no_server(content: bytes, tmp_path: Path) -> None:
+    """A now.json that a power cut or anybody else spoilt is as one that is not there; found by the fuzz."""
+    (tmp_path / "now.json").write_bytes(content)
+    assert read_now(tmp_path / "now.json") is None
+
+
+@pytest.mark.parametrize("content", NO_OBJECTS)
+def test_what_is_no_line_is_left_out(content: bytes, tmp_path: Path) -> None:
+    """The lines around it count; found by the fuzz."""
+    line = {"round": 1, "seconds": 0.5, "counted": True, "sites": ["north"], "refused": {}}
+    good = json.dumps(line).encode() + b"\n"
+    (tmp_path / "metrics.jsonl").write_bytes(good + content + b"\n" + good.replace(b"1", b"2"))
+    assert [found["round"] for found in read(tmp_path / "metrics.jsonl")] == [1, 2]
