@@ -10,7 +10,7 @@ Imports the study for type checking only: the process that holds the connection 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -45,6 +45,8 @@ class Policy(Terms):
         No round is trained of a study that exceeds one of these limits, whatever a server sends. No metric leaves
         unless `min_metrics_noise` is written, and none with less noise.
     """
+
+    LATER: ClassVar[frozenset[str]] = frozenset({"min_metrics_noise"})
 
     max_epsilon: float = Field(gt=0, le=100)
     delta: float = Field(gt=0, lt=1)

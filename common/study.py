@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -125,6 +125,8 @@ class Simulation(Terms):
 class Study(Terms):
     """One study, whole: see the module docstring. `features` may name a file; `load_study` puts its content here."""
 
+    LATER: ClassVar[frozenset[str]] = frozenset({"metrics"})
+
     version: Literal[1]
     name: Name
     task: Task
@@ -167,7 +169,7 @@ class Study(Terms):
         Who else takes part changes nothing that a site promises its patients: its noise is its own. So a hospital may
         join without every other one pinning the study again. Of `sites` a site uses its own entry, in its own copy.
 
-        Every other field counts, defaults too: a version of wardround that adds a term is one to agree to again.
+        Every other field counts, defaults too; one that a later version added counts once it is used (`Terms.LATER`).
         """
         return super().digest(without=without)
 

@@ -12,7 +12,7 @@ import json
 import stat
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Tag, ValidationError, ValidationInfo, field_validator
@@ -26,6 +26,12 @@ class Terms(BaseModel):
     """Base of everything that is read from YAML: frozen, unknown keys refused, numbers finite, `yes` is no number."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+    LATER: ClassVar[frozenset[str]] = frozenset()
+    """Fields that a first version did not have, absent by default: they count in the digest from when they are used.
+
+    So what was pinned before an upgrade stays what was agreed to, and a running study goes on.
+    """
 
     @field_validator("*", mode="before")
     @classmethod
@@ -48,7 +54,8 @@ class Terms(BaseModel):
         Args:
             without: top-level fields that do not count.
         """
-        plain = self.model_dump(mode="json", exclude=set(without))
+        unused = {name for name in self.LATER if getattr(self, name) is None}
+        plain = self.model_dump(mode="json", exclude=unused | without)
         canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 

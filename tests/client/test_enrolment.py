@@ -271,7 +271,7 @@ def test_the_terms_say_what_an_ethics_board_asks(place: Place) -> None:
         "north, this hospital, which publishes that it has about 80 patients; east (50)",
         f"can guess that rightly in at most {right} of 100 cases; tossing a coin, in 50",
         "3 rounds of 1 step(s)",
-        "Never leaves: records, patient ids, counts",
+        "Never leaves: records, patient ids, exact counts",
         "Not covered by the price: when this hospital answers",
     ):
         assert part in words

@@ -104,7 +104,7 @@ def study(changes: dict[str, Any] | None = None) -> Study:
         ({"simulation.cohort": "a", "simulation.data": "b"}, ("simulation", "not both")),
         ({"simulation.seed": -1}, ("simulation.seed", "got -1")),
         ({"device": "gpu"}, ("device", "'cuda'", "got 'gpu'")),
-        ({"version": 2}, ("version", "got 2")),
+        ({"version": 2}, ("version 2", "reads 1", "upgrade")),
         ({"version": True}, ("version", "got True")),
         ({"records.max_steps": 0}, ("records.max_steps", "got 0")),
         ({"features.values.HR.scale": 0}, ("features.values.HR.scale", "got 0")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 import yaml
@@ -269,3 +269,16 @@ def test_other_terms_have_another_digest() -> None:
     }
     assert len(digests) == 7
     assert all(len(digest) == 64 and int(digest, 16) >= 0 for digest in digests)
+
+
+class Grown(Ward):
+    """A ward as a later version has it."""
+
+    LATER: ClassVar[frozenset[str]] = frozenset({"nurses"})
+    nurses: int | None = None
+
+
+def test_a_later_term_counts_once_it_is_used() -> None:
+    """What an earlier version pinned has the same digest while the new term is absent, and another with it."""
+    assert Grown(beds=3).digest() == Grown(beds=3, nurses=None).digest() == Ward(beds=3).digest()
+    assert Grown(beds=3, nurses=2).digest() not in {Ward(beds=3).digest(), Grown(beds=3, nurses=1).digest()}
